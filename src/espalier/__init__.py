@@ -1,0 +1,52 @@
+"""espalier: the smallest, fastest network that is still good enough, as a file, with the proof and the picture.
+
+Names are imported on first use; ``import espalier`` alone imports no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from espalier import data, encode, graph, measure, prune, recipes, report, runs, share, tasks, train
+    from espalier.api import compress, load
+    from espalier.core.context import Context
+    from espalier.core.metric import Metric
+    from espalier.core.recipe import Recipe
+    from espalier.core.target import Target
+    from espalier.core.task import Task
+    from espalier.encode import info, unpack, verify
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "compress": "espalier.api",
+    "load": "espalier.api",
+    "Context": "espalier.core.context",
+    "Metric": "espalier.core.metric",
+    "Recipe": "espalier.core.recipe",
+    "Target": "espalier.core.target",
+    "Task": "espalier.core.task",
+    "info": "espalier.encode",
+    "unpack": "espalier.encode",
+    "verify": "espalier.encode",
+}
+_ROOMS = ("data", "encode", "graph", "measure", "prune", "recipes", "report", "runs", "share", "tasks", "train")
+
+__all__ = ["Context", "Metric", "Recipe", "Target", "Task", "compress", "data", "encode", "graph", "info", "load",
+           "measure", "prune", "recipes", "report", "runs", "share", "tasks", "train", "unpack", "verify"]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return importlib.import_module(f"espalier.{name}")
+    if name in _HOMES:
+        if name == "Recipe":  # recipes name methods of every room
+            importlib.import_module("espalier.api").fill_registry()
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'espalier' has no attribute {name!r}; it offers {', '.join(__all__)}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,352 @@
+"""The ``espalier`` command. Heavy imports happen inside the commands: ``--help`` answers at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from espalier.core.errors import EspalierError, UsageError
+
+app = typer.Typer(
+    name="espalier",
+    help="The smallest, fastest network that is still good enough: as a file, with the proof and the picture.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+DataDir = Annotated[Path | None, typer.Option(help="Folder of data sets; sets ESPALIER_DATA for the project.")]
+ProjectFile = Annotated[Path, typer.Argument(help="Python file with model() and task().")]
+File = Annotated[Path, typer.Argument(help="An .espalier file.")]
+Threads = Annotated[int | None, typer.Option(help="torch threads; results repeat for equal threads.", min=1)]
+
+
+def say(text: str) -> None:
+    """Print to standard output."""
+    typer.echo(text)
+
+
+def emit(data: Any) -> None:
+    """Print JSON to standard output."""
+    typer.echo(json.dumps(data, indent=1))
+
+
+def main() -> NoReturn:
+    """Entry point: errors become one sentence and an exit code (2 wrong use or input, 130 Ctrl-C)."""
+    try:
+        code = app(standalone_mode=False)
+    except EspalierError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except (KeyboardInterrupt, typer.Abort):
+        typer.echo("interrupted. Finished steps are kept: run the same command with --resume to go on.", err=True)
+        sys.exit(130)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except Exception as error:
+        if isinstance(error, (OSError,)) and not isinstance(error, FileNotFoundError):
+            typer.echo(f"error: {error}", err=True)
+            sys.exit(2)
+        show = getattr(error, "format_message", None)
+        if show is None:
+            raise
+        typer.echo(f"error: {show()} Try --help.", err=True)
+        sys.exit(2)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+@contextmanager
+def _warnings_as_sentences() -> Iterator[None]:
+    """espalier's warnings as one line each on standard error; others as Python shows them."""
+    from espalier.core.errors import EspalierWarning
+
+    usual = warnings.showwarning
+
+    def show(message: Any, category: Any, *rest: Any) -> None:
+        if issubclass(category, EspalierWarning):
+            typer.echo(f"warning: {message}", err=True)
+        else:
+            usual(message, category, *rest)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", EspalierWarning)
+        warnings.showwarning = show
+        yield
+
+
+def _prepare(data_dir: Path | None, threads: int | None) -> None:
+    if data_dir is not None:
+        os.environ["ESPALIER_DATA"] = str(data_dir)
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+def parse_step(text: str) -> dict[str, Any]:
+    """``"prune.prune sparsity=0.9 schedule=cubic"`` -> ``{"prune.prune": {...}}``; values are YAML."""
+    import shlex
+
+    import yaml
+
+    words = shlex.split(text)
+    if not words:
+        raise UsageError("--step is empty; write for example --step 'prune.prune sparsity=0.9'.")
+    fields = {}
+    for word in words[1:]:
+        key, sign, value = word.partition("=")
+        if not sign:
+            raise UsageError(f"--step {text!r}: {word!r} is not of the form field=value.")
+        fields[key] = yaml.safe_load(value)
+    return {words[0]: fields}
+
+
+def _recipe(recipe: str | None, steps: list[str], settings: list[str]) -> Any:
+    from espalier import api
+    from espalier.core.recipe import Recipe, step_from_data, step_to_data
+
+    if recipe is not None and steps:
+        raise UsageError("give --recipe or --step, not both.")
+    api.fill_registry()
+    chosen = Recipe.from_data([parse_step(step) for step in steps]) if steps else api.named_recipe(recipe or "deep-compression")
+    if not settings:
+        return chosen
+    data = step_to_data(chosen)
+    for setting in settings:
+        _set(data, setting)
+    return step_from_data(data)
+
+
+def _set(data: dict[str, Any], setting: str) -> None:
+    """Apply ``prune.epochs=10`` to a recipe's plain data (part names in between are found by themselves)."""
+    import yaml
+
+    from espalier.core.errors import did_you_mean
+
+    path, sign, value = setting.partition("=")
+    if not sign:
+        raise UsageError(f"--set {setting!r} is not of the form field=value, for example --set prune.epochs=10.")
+    node: Any = data
+    *parents, last = path.split(".")
+    for key in (*parents, None):
+        while isinstance(node, dict) and len(node) == 1 and isinstance(next(iter(node.values())), dict) and key not in node:
+            node = next(iter(node.values()))
+        if key is None:
+            break
+        if not isinstance(node, dict) or key not in node:
+            raise UsageError(f"--set {setting!r}: there is no {key!r}.{did_you_mean(key, node if isinstance(node, dict) else ())}")
+        if isinstance(node[key], str):
+            node[key] = {node[key]: {}}
+        node = node[key]
+    if not isinstance(node, dict) or last not in node:
+        raise UsageError(f"--set {setting!r}: there is no {last!r}.{did_you_mean(last, node if isinstance(node, dict) else ())}")
+    node[last] = yaml.safe_load(value)
+
+
+@app.command()
+def compress(
+    project: ProjectFile,
+    out: Annotated[Path, typer.Option(help="Run directory: new or empty (or an interrupted run, with --resume).")] = Path("runs/first"),
+    recipe: Annotated[str | None, typer.Option(help="Recipe id or YAML file [deep-compression].")] = None,
+    step: Annotated[list[str] | None, typer.Option(help="A step 'verb.id field=value ...'; repeat for more.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Override a field of the recipe: prune.epochs=10.")] = None,
+    size: Annotated[str | None, typer.Option(help="Largest file: 10x, 200kB, 1.5MiB.")] = None,
+    max_drop: Annotated[float | None, typer.Option(help="Largest drop of the metric on val, in its unit.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Time to spend; the best so far is kept.")] = None,
+    seed: Annotated[int, typer.Option(help="Root of every random number.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    data_dir: DataDir = None,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Compress a model: to a target, by a recipe, or by single steps."""
+    _prepare(data_dir, threads)
+    from espalier import api
+    from espalier.cli.progress import shown
+    from espalier.cli.project import load_project
+
+    with _warnings_as_sentences():
+        chosen = _recipe(recipe, step or [], set_ or [])
+        loaded = load_project(project)
+        with shown(quiet=as_json) as listener:
+            result = api.compress(
+                loaded.model, loaded.task, chosen, out=out, size=size, max_drop=max_drop, minutes=minutes, seed=seed,
+                resume=resume, device=device, models=loaded.models, listener=listener,
+            )  # fmt: skip
+    _show(result.record, out, as_json=as_json)
+    if not result.met:
+        raise typer.Exit(3)
+
+
+def _show(record: dict[str, Any], out: Path, *, as_json: bool) -> None:
+    if as_json:
+        emit(record)
+        return
+    from rich.console import Console
+
+    from espalier.report import render_terminal
+
+    render_terminal(record, Console())
+    say(f"file    {out / 'model.espalier'}")
+    say(f"report  {out / 'report.html'}")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Run directory.")] = Path("runs/demo"),
+    as_json: Json = False,
+) -> None:
+    """Train a small network on real digits, compress it, show the result. Needs no network; under a minute."""
+    _prepare(None, 2)
+    from espalier.cli import example
+    from espalier.cli.progress import shown
+
+    with _warnings_as_sentences(), shown(quiet=as_json) as listener:
+        result = example.run(out, listener)
+    _show(result.record, out, as_json=as_json)
+
+
+@app.command()
+def inspect(project: ProjectFile, data_dir: DataDir = None, as_json: Json = False) -> None:
+    """Show a model's layers: shapes, parameters, MACs, what a file of it weighs, and its metric on val."""
+    _prepare(data_dir, None)
+    from espalier.cli.inspection import describe, table
+    from espalier.cli.project import load_project
+
+    with _warnings_as_sentences():
+        found = describe(load_project(project))
+    if as_json:
+        emit(found)
+        return
+    from rich.console import Console
+
+    Console().print(table(found))
+    for line in found["summary"]:
+        say(line)
+
+
+@app.command()
+def bench(
+    run: Annotated[Path, typer.Argument(help="A run directory or an .espalier file that carries its graph.")],
+    project: Annotated[Path | None, typer.Option(help="Project file: time the original beside it.")] = None,
+    batch: Annotated[int, typer.Option(help="Samples per call for the throughput.", min=1)] = 64,
+    threads: Annotated[int, typer.Option(help="torch threads.", min=1)] = 1,
+    repeats: Annotated[int, typer.Option(help="Timed calls of each model.", min=3)] = 100,
+    data_dir: DataDir = None,
+    as_json: Json = False,
+) -> None:
+    """Time the re-loaded file, alternating with the original: median and spread, warm, threads stated."""
+    _prepare(data_dir, None)
+    from espalier.cli.inspection import bench as bench_file
+
+    found = bench_file(run, project, batch=batch, threads=threads, repeats=repeats)
+    if as_json:
+        emit(found)
+        return
+    for name, row in found.items():
+        one, many = row["latency"], row["throughput"]
+        say(
+            f"{name:<12} batch 1: {one['median_ms']:.3f} ms ({one['p10_ms']:.3f} to {one['p90_ms']:.3f})   "
+            f"batch {many['batch']}: {many['per_second']:.0f} per second   {one['threads']} threads, {one['runs']} runs"
+        )
+
+
+@app.command()
+def verify(file: File, as_json: Json = False) -> None:
+    """Decode a whole file and check every checksum."""
+    from espalier.encode import verify as check
+
+    check(file)
+    length = file.stat().st_size
+    emit({"file": str(file), "bytes": length, "verified": True}) if as_json else say(f"{file}: {length} bytes, every tensor decodes and every checksum holds.")
+
+
+@app.command()
+def info(file: File, as_json: Json = False) -> None:
+    """Show where every byte of a file goes."""
+    from espalier.encode import info as describe
+
+    found = describe(file).to_json()
+    if as_json:
+        emit(found)
+        return
+    from rich.console import Console
+
+    from espalier.cli.inspection import file_table
+
+    Console().print(file_table(found))
+
+
+@app.command()
+def unpack(file: File, out: Annotated[Path, typer.Argument(help="The safetensors file to write.")], as_json: Json = False) -> None:
+    """Decode a file into safetensors."""
+    from espalier.encode import unpack as write
+
+    write(file, out)
+    emit({"file": str(out), "bytes": out.stat().st_size}) if as_json else say(f"{out}: {out.stat().st_size} bytes")
+
+
+@app.command()
+def methods(
+    name: Annotated[str | None, typer.Argument(help="verb.id or id: show one method whole.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List every method, or show one: paper, formula, fields."""
+    from espalier import api
+    from espalier.cli.inspection import describe_method, method_text
+    from espalier.core import registry
+
+    api.fill_registry()
+    chosen = list(registry.methods()) if name is None else [registry.lookup(name)]
+    if as_json:
+        emit([describe_method(cls) for cls in chosen])
+        return
+    if name is not None:
+        say(method_text(chosen[0]))
+        return
+    width = max(len(f"{cls.verb}.{cls.id}") for cls in chosen)
+    for cls in chosen:
+        say(f"{cls.verb + '.' + cls.id:<{width}}  {cls.kind:<12} {cls.card().summary}")
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="A run directory.")], as_json: Json = False) -> None:
+    """Write a run's report.html again from its record.json, and show the table."""
+    from espalier import api
+    from espalier.report import load
+
+    record = load(run)
+    path = api.write_report(run, record)
+    if as_json:
+        emit({"report": str(path)})
+        return
+    _show(record, run, as_json=False)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        from espalier import __version__
+
+        say(__version__)
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        say(context.get_help())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""The user's project file: ``model()``, ``task()`` and, where more models are named, ``models()``."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from espalier.core.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from espalier.core.task import Task
+
+EXAMPLE = "def model(): return MyNetwork()   and   def task(): return espalier.tasks.classification(train, val, test)"
+
+
+@dataclass
+class Project:
+    """What a project file offers."""
+
+    model: nn.Module
+    task: Task
+    models: dict[str, nn.Module] = field(default_factory=dict)
+
+
+def load_project(path: Path) -> Project:
+    """Run the project file and call its functions. Raises ``UsageError`` naming what is missing or wrong."""
+    from torch import nn
+
+    from espalier.core.task import Task
+
+    module = _execute(path)
+    model, task = _call(module, "model", path), _call(module, "task", path)
+    models = _call(module, "models", path) if hasattr(module, "models") else {}
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"{path}: model() must return a torch.nn.Module; it returned {type(model).__name__}.")
+    if not isinstance(task, Task):
+        raise UsageError(f"{path}: task() must return an espalier Task; it returned {type(task).__name__}. For example: {EXAMPLE}.")
+    if not isinstance(models, dict) or not all(isinstance(m, nn.Module) for m in models.values()):
+        raise UsageError(f"{path}: models() must return a dict of name -> torch.nn.Module.")
+    return Project(model, task, models)
+
+
+def _execute(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise UsageError(f"there is no project file {path}. It is a Python file with {EXAMPLE}.")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise UsageError(f"{path} is no Python file; a project file ends in .py and has {EXAMPLE}.")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    sys.path.insert(0, str(path.parent.resolve()))
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise UsageError(f"{path} line {error.lineno}: {error.msg}.") from error
+    finally:
+        sys.path.pop(0)
+    return module
+
+
+def _call(module: ModuleType, name: str, path: Path) -> Any:
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise UsageError(f"{path} has no function {name}(). A project file has {EXAMPLE}.")
+    return function()

@@ -1,0 +1,43 @@
+"""The one vocabulary of hyper-parameters: ``Annotated`` aliases that carry unit and range.
+
+Checks, command-line help, recipe files, report rows and method pages read these; no second home.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+
+@dataclass(frozen=True)
+class Range:
+    """Allowed values ``low <= x <= high`` (``above``: strictly more than ``low``), with unit and meaning."""
+
+    low: float
+    high: float
+    unit: str
+    about: str
+    above: bool = False
+
+    def allows(self, value: float) -> bool:
+        """Whether ``value`` (a number) lies in the range; NaN never does."""
+        return (self.low < value if self.above else self.low <= value) and value <= self.high
+
+    def __str__(self) -> str:
+        high = "" if self.high == float("inf") else f" to {self.high:g}"
+        return f"{'above ' if self.above else ''}{self.low:g}{high}" + ("" if high or self.above else " or more")
+
+
+INF = float("inf")
+
+Sparsity = Annotated[float, Range(0, 1, "fraction", "fraction of the weights removed")]
+Bits = Annotated[int, Range(1, 16, "bits", "bits per weight")]
+Epochs = Annotated[int, Range(0, 100_000, "epochs", "passes over the training data")]
+Steps = Annotated[int, Range(1, INF, "steps", "optimizer steps")]
+LearningRate = Annotated[float, Range(0, INF, "per step", "learning rate", above=True)]
+Momentum = Annotated[float, Range(0, 1, "fraction", "momentum of SGD")]
+Penalty = Annotated[float, Range(0, INF, "per unit", "strength of a penalty in the loss")]
+Fraction = Annotated[float, Range(0, 1, "fraction", "a share of the whole")]
+Positive = Annotated[float, Range(0, INF, "", "a positive number", above=True)]
+Pixels = Annotated[int, Range(0, 4096, "pixels", "a distance in the image")]
+Count = Annotated[int, Range(0, INF, "", "a whole number")]

@@ -1,0 +1,94 @@
+"""A user's model as espalier handles it: copied once, modes restored, never modified."""
+
+from __future__ import annotations
+
+import copy
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from espalier.core.errors import ModelError, NumericError
+
+
+def copy_model(model: nn.Module) -> nn.Module:
+    """A deep copy: tied weights stay tied, frozen stay frozen, hooks kept. Raises ``ModelError`` if it cannot be made."""
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"a model is a torch.nn.Module; got {type(model).__name__}.")
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        raise ModelError(
+            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}). Keep only parameters, "
+            "buffers, modules and plain values as attributes; call .detach() on tensors that carry a graph."
+        ) from error
+
+
+def modes(model: nn.Module) -> dict[str, bool]:
+    """Module path -> whether it is in training mode."""
+    return {path: module.training for path, module in model.named_modules()}
+
+
+def set_modes(model: nn.Module, training: dict[str, bool]) -> nn.Module:
+    """Give every module the mode recorded for its path; a new module takes its nearest recorded parent's."""
+    for path, module in model.named_modules():
+        while path not in training and path:
+            path = path.rpartition(".")[0]
+        module.training = training.get(path, module.training)
+    return model
+
+
+@contextmanager
+def keep_mode(model: nn.Module) -> Iterator[Callable[[nn.Module], nn.Module]]:
+    """Yield a function that gives another model the modes ``model`` has now; ``model`` itself is restored at exit."""
+    before = modes(model)
+    try:
+        yield lambda other: set_modes(other, before)
+    finally:
+        set_modes(model, before)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[nn.Module]:
+    """``model`` in eval mode without gradients; its modes are restored at exit."""
+    before = modes(model)
+    try:
+        with torch.no_grad():
+            yield model.eval()
+    finally:
+        set_modes(model, before)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device of the first parameter or buffer; the CPU for a model without any."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """The raw bytes of a tensor in C order."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+
+
+def digest(model: nn.Module) -> int:
+    """A checksum over structure and values: equal before and after a step means the step changed nothing."""
+    value = zlib.crc32(repr(model).encode())
+    for name, tensor in model.state_dict().items():
+        value = zlib.crc32(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode(), value)
+        value = zlib.crc32(tensor_bytes(tensor), value)
+    return value
+
+
+def check_finite(model: nn.Module, when: str) -> None:
+    """Raise ``NumericError`` naming the first tensor that holds NaN or infinity."""
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise NumericError(
+                f"{name} holds {bad} NaN or infinite of {tensor.numel()} values {when}. "
+                "Weights must be finite: check the training (a lower learning rate), or load an earlier checkpoint."
+            )

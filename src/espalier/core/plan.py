@@ -1,0 +1,287 @@
+"""Plan: a change of structure as data. Printable, diffable, JSON both ways, replayed on a freshly built model.
+
+A plan is a list of edits from a closed set; ``Plan.apply`` replays it. A module in a plan is a *spec*: a JSON tree
+over a closed list of ``torch.nn`` classes, rebuilt here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from espalier.core.errors import Corrupt, ModelError, UnknownNameError, did_you_mean
+from espalier.core.parametrize import require_phase, slots
+
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+SPEC_CLASSES: dict[str, type[nn.Module]] = {
+    cls.__name__: cls
+    for cls in (
+        nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
+        nn.Embedding, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.LayerNorm, nn.GroupNorm,
+        nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.LeakyReLU, nn.Softmax,
+        nn.Identity, nn.Flatten, nn.Dropout, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d,
+    )
+}  # fmt: skip
+"""What a spec may name beside ``Sequential``."""
+
+
+def build(spec: Mapping[str, Any]) -> nn.Module:
+    """The module a spec describes: ``{"class": "Linear", "args": {...}}`` or ``{"class": "Sequential", "children": [...]}``."""
+    name = spec.get("class")
+    if name == "Sequential":
+        return nn.Sequential(*(build(child) for child in spec.get("children", ())))
+    if name not in SPEC_CLASSES:
+        raise Corrupt(f"a plan names the module class {name!r}.{did_you_mean(str(name), [*SPEC_CLASSES, 'Sequential'])}")
+    arguments = {key: tuple(v) if isinstance(v, list) else v for key, v in dict(spec.get("args", {})).items()}
+    try:
+        return SPEC_CLASSES[name](**arguments)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise Corrupt(f"a plan builds {name} with {arguments}, which it refuses: {error}") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Edit:
+    """One change. ``kind`` names it in JSON; the fields are plain data."""
+
+    kind: ClassVar[str]
+
+    @abstractmethod
+    def apply(self, model: nn.Module) -> None:
+        """Change ``model`` in place."""
+
+    def to_json(self) -> dict[str, Any]:
+        """``{"edit": kind, ...fields}``."""
+        return {"edit": self.kind, **dataclasses.asdict(self)}
+
+
+def _module(model: nn.Module, path: str) -> nn.Module:
+    try:
+        return model.get_submodule(path)
+    except AttributeError as error:
+        known = [name for name, _ in model.named_modules() if name]
+        raise UnknownNameError(f"the plan names the module {path!r}.{did_you_mean(path, known)}") from error
+
+
+def _set_module(model: nn.Module, path: str, module: nn.Module) -> None:
+    _module(model, path)
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Keep(Edit):
+    """Drop every index of a parameter along ``dim`` but those in ``index``."""
+
+    kind: ClassVar[str] = "keep"
+    tensor: str
+    dim: int
+    index: tuple[int, ...]
+
+    def apply(self, model: nn.Module) -> None:
+        """Take the kept slices of the parameter (or buffer), at every owner."""
+        found = slots(model).get(self.tensor)
+        path, _, attribute = self.tensor.rpartition(".")
+        if found is None:
+            owner = _module(model, path)
+            if attribute not in owner._buffers:
+                raise UnknownNameError(f"the plan names {self.tensor!r}.{did_you_mean(self.tensor, slots(model))}")
+            owner._buffers[attribute] = self._take(getattr(owner, attribute))
+            return
+        require_phase(found, ("dense",), "dropping channels from a training form")
+        parameter = nn.Parameter(self._take(found.value()), requires_grad=found.latent.requires_grad)
+        for _, module, name in found.owners:
+            module._parameters[name] = parameter
+
+    def _take(self, tensor: torch.Tensor) -> torch.Tensor:
+        if not -tensor.ndim <= self.dim < tensor.ndim or (self.index and max(self.index) >= tensor.shape[self.dim]):
+            raise ModelError(f"the plan keeps indices of dimension {self.dim} that {self.tensor} {tuple(tensor.shape)} lacks.")
+        return tensor.index_select(self.dim, torch.tensor(self.index, dtype=torch.long)).clone()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replace(Edit):
+    """Put the module that ``spec`` describes at ``path``."""
+
+    kind: ClassVar[str] = "replace"
+    path: str
+    spec: dict[str, Any]
+
+    def apply(self, model: nn.Module) -> None:
+        """Replace; the new module takes the mode of the old one."""
+        module = build(self.spec).train(_module(model, self.path).training)
+        _set_module(model, self.path, module)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Remove(Edit):
+    """Put an identity at ``path``."""
+
+    kind: ClassVar[str] = "remove"
+    path: str
+
+    def apply(self, model: nn.Module) -> None:
+        """Remove."""
+        _set_module(model, self.path, nn.Identity())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fold(Edit):
+    """Fold the batch norm at ``norm`` into the convolution or linear layer at ``into`` that feeds it alone."""
+
+    kind: ClassVar[str] = "fold"
+    norm: str
+    into: str
+
+    def apply(self, model: nn.Module) -> None:
+        """w <- w * g / sqrt(v + eps); b <- (b - m) * g / sqrt(v + eps) + beta; the norm becomes an identity."""
+        norm, layer = _module(model, self.norm), _module(model, self.into)
+        if not isinstance(norm, BATCH_NORMS) or norm.running_mean is None or norm.running_var is None:
+            raise ModelError(f"{self.norm} is no batch norm with running statistics; it cannot be folded.")
+        slot = slots(model).get(f"{self.into}.weight")
+        if slot is None or not isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            raise ModelError(f"{self.into} is no linear or convolution layer; a batch norm cannot be folded into it.")
+        require_phase(slot, ("dense", "mask"), f"folding {self.norm}")
+        with torch.no_grad():
+            scale, shift = scale_and_shift(norm)
+            slot.latent.mul_(scale.reshape(-1, *[1] * (slot.latent.ndim - 1)))
+            bias = shift if layer.bias is None else shift + layer.bias * scale
+            layer.bias = nn.Parameter(bias, requires_grad=slot.latent.requires_grad)
+        _set_module(model, self.norm, nn.Identity())
+
+
+def scale_and_shift(norm: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    """A batch norm in eval mode as ``scale * x + shift`` per channel, computed in float64, shape (channels,)."""
+    mean, var = norm.running_mean.double(), norm.running_var.double()  # type: ignore[union-attr, operator]
+    weight = norm.weight.double() if norm.weight is not None else torch.ones_like(mean)  # type: ignore[union-attr, operator]
+    bias = norm.bias.double() if norm.bias is not None else torch.zeros_like(mean)  # type: ignore[union-attr, operator]
+    scale = weight / torch.sqrt(var + norm.eps)  # type: ignore[operator]
+    return scale.to(norm.running_mean.dtype), (bias - mean * scale).to(norm.running_mean.dtype)  # type: ignore[union-attr, arg-type]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Normalise(Edit):
+    """Turn every batch norm matching ``path`` into the same function with mean 0 and variance 1 - eps.
+
+    What is left to store is a scale and a shift per channel. Norms without weights or statistics stay as they are.
+    """
+
+    kind: ClassVar[str] = "normalise"
+    path: str = "*"
+
+    def apply(self, model: nn.Module) -> None:
+        """Rewrite weight and bias; the function in eval mode is the same to rounding."""
+        for _, norm in self.norms(model):
+            with torch.no_grad():
+                scale, shift = scale_and_shift(norm)
+                norm.weight.copy_(scale)  # type: ignore[operator, union-attr]
+                norm.bias.copy_(shift)  # type: ignore[operator, union-attr]
+            self.reset(norm)
+
+    def norms(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
+        """The batch norms this edit works on."""
+        return [
+            (path, module)
+            for path, module in model.named_modules()
+            if isinstance(module, BATCH_NORMS)
+            and module.affine
+            and module.track_running_stats
+            and fnmatch.fnmatchcase(path, self.path)
+        ]
+
+    @staticmethod
+    def reset(norm: nn.Module) -> None:
+        """Set the statistics to mean 0, variance 1 - eps, no batch seen."""
+        norm.running_mean.zero_()  # type: ignore[operator, union-attr]
+        norm.running_var.fill_(1 - norm.eps)  # type: ignore[operator, union-attr]
+        if norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.zero_()  # type: ignore[operator, union-attr]
+
+    def statistics(self, model: nn.Module) -> set[str]:
+        """Names of the buffers that need no storing once the edit is applied."""
+        kept = ("running_mean", "running_var", "num_batches_tracked")
+        return {f"{path}.{name}" if path else name for path, _ in self.norms(model) for name in kept}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tie(Edit):
+    """Make the parameter ``tensor`` the same object as ``to``."""
+
+    kind: ClassVar[str] = "tie"
+    tensor: str
+    to: str
+
+    def apply(self, model: nn.Module) -> None:
+        """Tie."""
+        known = slots(model)
+        for name in (self.tensor, self.to):
+            if name not in known:
+                raise UnknownNameError(f"the plan names {name!r}.{did_you_mean(name, known)}")
+        if known[self.tensor].shape != known[self.to].shape:
+            raise ModelError(f"{self.tensor} and {self.to} differ in shape and cannot be tied.")
+        for _, module, attribute in known[self.tensor].owners:
+            module._parameters[attribute] = known[self.to].latent
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetAttribute(Edit):
+    """Set a plain attribute (int, float, str, bool, or a list of these) of the module at ``path``."""
+
+    kind: ClassVar[str] = "set"
+    path: str
+    name: str
+    value: Any
+
+    def apply(self, model: nn.Module) -> None:
+        """Set; the attribute must be there already and hold plain data of the same type."""
+        module = _module(model, self.path)
+        if not isinstance(module.__dict__.get(self.name), (int, float, str, tuple, list)):
+            raise UnknownNameError(f"{self.path} has no plain attribute {self.name!r} that a plan may set.")
+        setattr(module, self.name, type(module.__dict__[self.name])(self.value))
+
+
+EDITS: dict[str, type[Edit]] = {cls.kind: cls for cls in (Keep, Replace, Remove, Fold, Normalise, Tie, SetAttribute)}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Edits in order."""
+
+    edits: tuple[Edit, ...] = ()
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        """Replay the edits on ``model`` in place and return it."""
+        for edit in self.edits:
+            edit.apply(model)
+        return model
+
+    def __add__(self, other: Plan) -> Plan:
+        return Plan(self.edits + other.edits)
+
+    def __str__(self) -> str:
+        return "\n".join(", ".join(f"{key}={value}" for key, value in edit.to_json().items()) for edit in self.edits)
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """Plain data."""
+        return [edit.to_json() for edit in self.edits]
+
+    @classmethod
+    def from_json(cls, data: Any) -> Plan:
+        """Read untrusted plain data; raises ``Corrupt`` for anything that is no plan."""
+        if not isinstance(data, list) or not all(isinstance(item, Mapping) for item in data):
+            raise Corrupt(f"a plan is a list of edits; got {type(data).__name__}.")
+        edits = []
+        for item in data:
+            given = {key: tuple(v) if isinstance(v, list) else v for key, v in item.items() if key != "edit"}
+            edit = EDITS.get(str(item.get("edit")))
+            if edit is None or set(given) != {f.name for f in dataclasses.fields(edit)}:
+                raise Corrupt(f"a plan holds the edit {dict(item)!r}; allowed kinds: {', '.join(EDITS)}, with all their fields.")
+            edits.append(edit(**given))
+        return cls(tuple(edits))

@@ -1,0 +1,45 @@
+"""The adaptive kernel, compiled by numba where that is installed and the array is worth it."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterable
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from espalier.encode.context_model import transcode
+
+WORTH = 1 << 18  # symbols below which loading the compiled kernel takes longer than it saves
+
+Transcode = Callable[..., int]
+
+
+@cache
+def available() -> bool:
+    """Whether the ``compiled`` extra (numba) is installed."""
+    return importlib.util.find_spec("numba") is not None
+
+
+@cache
+def _machine_code() -> Transcode:
+    import numba
+
+    try:
+        found: Transcode = numba.njit(cache=True)(transcode)
+    except RuntimeError:  # no folder to cache in: compile once per process
+        found = numba.njit(transcode)
+    return found
+
+
+def kernel(symbols: int, *, compiled: bool | None = None) -> tuple[Transcode, Callable[[Iterable[int]], Any], bool]:
+    """``(transcode, array, compiled)`` for a plane of ``symbols``; ``array`` makes what that kernel indexes.
+
+    ``compiled`` forces one of the two; by default numba is used where it is installed and pays.
+    """
+    if compiled is None:
+        compiled = available() and symbols >= WORTH
+    if compiled:
+        return _machine_code(), lambda values: np.array(list(values), dtype=np.int64), True
+    return transcode, list, False

@@ -1,0 +1,218 @@
+"""The report as one offline HTML file: no script, no network, everything escaped."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from espalier.core.errors import RunError
+from espalier.report import units
+from espalier.report.charts import curve, kind_class, scatter, stacked
+from espalier.report.info import Info, summarise
+from espalier.report.markup import Markup, el, join
+from espalier.report.source import load
+from espalier.report.story import steps_section
+from espalier.report.tables import layer_rows, name_list, share_rows, table, verdict
+
+TOP = 24
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+
+
+def write_html(record: Mapping[str, Any], path: str | Path) -> Path:
+    """Write the report of a record to ``path``, complete or not at all. Raises ``RunError`` if it cannot be written."""
+    path = Path(path)
+    data = page(record).encode("utf-8")
+    temporary = None
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            temporary = Path(file.name)
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(path)
+    except OSError as error:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+        raise RunError(
+            f"the report cannot be written to {path}: {error}. Name a folder that exists and has room."
+        ) from error
+    return path
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
+
+
+def page(record: Mapping[str, Any]) -> str:
+    """The whole page of a record."""
+    info = summarise(load(record))
+    style = resources.files("espalier.report").joinpath("page.css").read_text(encoding="utf-8")
+    head = el(
+        "head",
+        el("meta", charset="utf-8"),
+        el("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        el("meta", http_equiv="Content-Security-Policy", content=POLICY),
+        el("meta", name="referrer", content="no-referrer"),
+        el("title", f"espalier: {info.model or 'report'}"),
+        el("style", Markup(style)),
+    )
+    body = el("body", el("main", _sections(info), _footer()))
+    return f"<!doctype html>\n{el('html', head, body, lang='en')}\n"
+
+
+def _sections(info: Info) -> Iterable[Markup | None]:
+    yield _header(info)
+    yield _before_after(info)
+    yield _bytes(info)
+    yield steps_section(info)
+    yield _tries(info)
+    yield _left_alone(info)
+    yield _warnings(info)
+    yield _layers(info)
+    yield _files(info)
+    yield _settings(info)
+
+
+def section(title: str, *children: object, lead: str = "") -> Markup:
+    """A titled part of the page."""
+    return el("section", el("h2", title), el("p", lead, class_="lead") if lead else None, children)
+
+
+def _header(info: Info) -> Markup:
+    eyebrow = " · ".join(part for part in ("espalier", info.model, info.created) if part)
+    banner = None
+    if info.status in {"target-missed", "interrupted"}:
+        said = {"target-missed": "The target was not reached.", "interrupted": "Interrupted: this is the best so far."}
+        banner = el("p", el("strong", said[info.status]), " ", info.message, class_="banner")
+    elif info.message and info.message != info.headline:
+        banner = el("p", info.message, class_="banner calm")
+    if info.verified is False:
+        warning = el("strong", "The file that was re-loaded did not give what was written: do not use it.")
+        banner = join([el("p", warning, class_="banner"), banner])
+    return el("header", el("p", eyebrow, class_="eyebrow"), el("h1", info.headline), banner, _goals(info))
+
+
+def _goals(info: Info) -> Markup | None:
+    if not info.goals:
+        return None
+    rows = [[goal.label, goal.asked, goal.reached, verdict(goal.met, "reached", "missed")] for goal in info.goals]
+    return table(["target", "asked", "reached", ""], rows)
+
+
+def _before_after(info: Info) -> Markup | None:
+    if not info.rows:
+        return None
+    rows = [
+        [
+            [row.label, el("span", row.note, class_="note") if row.note else None],
+            row.before,
+            row.after,
+            el("span", row.change, class_={True: "good", False: "bad", None: None}[row.better]),
+        ]
+        for row in info.rows
+    ]
+    paired = el("p", info.paired, class_="quiet") if info.paired else None
+    return section("Before and after", table(["", "before", "after", "change"], rows, numbers=(1, 2, 3)), paired)
+
+
+def _bytes(info: Info) -> Markup | None:
+    found = info.budget
+    if found is None:
+        return None
+    legend = [
+        el(
+            "li",
+            el(
+                "svg", el("rect", width=12, height=12, class_=kind_class(kind)), viewBox="0 0 12 12", aria_hidden="true"
+            ),
+            kind,
+            el("span", f"{units.size(size)}, {units.percent(size / found.total)}" if found.total else units.size(size)),
+        )
+        for kind, size in found.parts
+    ]
+    whole = stacked(found.parts, found.total, "the whole file by what the bytes are spent on", "bar whole")
+    odd = None
+    if found.unexplained:
+        odd = el("p", f"{units.size(abs(found.unexplained))} of the file's length "
+                      f"{'are not itemised' if found.unexplained > 0 else 'are itemised twice'}.", class_="quiet")  # fmt: skip
+    return section(
+        "Where the bytes are", whole, el("ul", legend, class_="legend"), odd, share_rows(found, TOP),
+        lead=f"model.espalier, {found.total:,} bytes.",
+    )  # fmt: skip
+
+
+def _tries(info: Info) -> Markup | None:
+    if not info.tries:
+        return None
+    rows = [
+        [str(t.number), t.strength, "" if t.bytes is None else units.size(t.bytes),
+         "" if t.metric is None else units.value(t.metric, info.unit), t.drop,
+         "" if t.seconds is None else units.duration(t.seconds),
+         [verdict(True if t.kept else None, "the file" if t.final else "kept", ""), el("span", t.reason, class_="note")]]
+        for t in info.tries
+    ]  # fmt: skip
+    heads = ["try", "strength", "file", f"{info.metric or 'metric'}, val", "drop", "time", "result"]
+    lead = "Filled: met the target when it was tried and was kept. Ringed: the file that was written."
+    return section(
+        "Tries", scatter(info.tries, info.metric, info.unit), table(heads, rows, numbers=range(6)), lead=lead
+    )
+
+
+def _left_alone(info: Info) -> Markup | None:
+    if not info.skipped:
+        return None
+    rows = [[el("span", s.step, class_="name"), name_list(s.names), s.reason] for s in info.skipped]
+    return section("Left alone", table(["step", "layers", "why"], rows))
+
+
+def _warnings(info: Info) -> Markup | None:
+    if not info.warnings:
+        return None
+    rows = [[el("span", note.step, class_="name"), note.text] for note in info.warnings]
+    return section("Warnings", table(["step", "warning"], rows))
+
+
+def _layers(info: Info) -> Markup | None:
+    if not info.layers:
+        return None
+    drawn = layer_rows(info.layers)
+    if len(info.layers) > TOP:
+        drawn = el("details", el("summary", f"Show all {units.plural(len(info.layers), 'layer')}"), drawn)
+    return section("Layers", drawn)
+
+
+def _files(info: Info) -> Markup | None:
+    if not info.files:
+        return None
+    rows = [
+        [
+            [el("span", file.name, class_="name"), el("span", file.meaning, class_="note")],
+            "" if file.bytes is None else f"{file.bytes:,} B",
+            file.smaller,
+            verdict(file.verified, "re-loaded, the same", "NOT verified"),
+            "; ".join(file.scores),
+        ]
+        for file in info.files
+    ]
+    return section("Files", table(["file", "length", "", "verified", "metric, re-loaded"], rows, numbers=(1, 2)))
+
+
+def _settings(info: Info) -> Markup | None:
+    found = info.settings
+    if not found.recipe and not found.environment:
+        return None
+    rows: Sequence[Sequence[object]] = [[name, value] for name, value in found.environment]
+    recipe = el("pre", el("code", found.recipe)) if found.recipe else None
+    return section("Settings", recipe, table(["", ""], rows) if rows else None)
+
+
+def _footer() -> Markup:
+    return el("footer", "Every figure on this page was measured in this run; none is quoted from a publication. "
+                        "kB = 1000 bytes. ± is one standard error.")  # fmt: skip

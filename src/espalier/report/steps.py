@@ -1,0 +1,206 @@
+"""The steps of a run: what each one gained and cost, what it left alone and why, how training went."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from espalier.measure.comparison import at, number
+from espalier.report import units
+from espalier.report.budget import objects
+
+MAX_POINTS = 400
+
+
+@dataclass(frozen=True)
+class Delta:
+    """One quantity before and after a step, in words; ``better`` None: unchanged or neither."""
+
+    label: str
+    before: str
+    after: str
+    change: str
+    better: bool | None
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One quantity over the epochs: (epoch, value) in order; ``unit`` of the value."""
+
+    label: str
+    unit: str
+    points: tuple[tuple[float, float], ...]
+
+
+@dataclass(frozen=True)
+class PerLayer:
+    """What a step decided layer by layer: (layer, as text) and the range in words."""
+
+    label: str
+    range: str
+    entries: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """Layers a step left alone for one reason."""
+
+    step: str
+    reason: str
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Note:
+    """A sentence a step left behind."""
+
+    step: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step; ``depth`` is how many composites it stands in."""
+
+    name: str
+    path: str
+    depth: int
+    method: str
+    fields: tuple[tuple[str, str], ...]
+    seconds: float | None
+    deltas: tuple[Delta, ...]
+    skipped: tuple[Skipped, ...]
+    notes: tuple[str, ...]
+    warnings: tuple[str, ...]
+    curves: tuple[Curve, ...]
+    per_layer: tuple[PerLayer, ...]
+
+
+def steps(given: Any, metric: str, unit: str, *, higher: bool) -> tuple[Step, ...]:
+    """The steps in the order they ran; ``metric``, ``unit`` and ``higher`` (is better) describe the metric on val."""
+    return tuple(_step(item, metric or "metric", unit, higher=higher) for item in objects(given))
+
+
+def _step(item: Mapping[str, Any], metric: str, unit: str, *, higher: bool) -> Step:
+    path = _string(item.get("path"))
+    last = path.rpartition("/")[2]
+    name = re.sub(r"^\d+-", "", last) or last or _string(item.get("method"))
+    fields = item.get("fields")
+    return Step(
+        name=name,
+        path=path,
+        depth=min(path.count("/"), 6),
+        method=_string(item.get("method")),
+        fields=tuple((units.printable(key, 60), _plain(value)) for key, value in _items(fields)),
+        seconds=number(item.get("seconds")),
+        deltas=_deltas(item.get("before"), item.get("after"), metric, unit, higher=higher),
+        skipped=_skipped(path, item.get("skipped")),
+        notes=_strings(item.get("notes")),
+        warnings=_strings(item.get("warnings")),
+        curves=_curves(at(item, "details", "history"), metric, unit),
+        per_layer=_per_layer(item.get("details")),
+    )
+
+
+def _string(value: Any) -> str:
+    return units.printable(value) if isinstance(value, str) else ""
+
+
+def _strings(value: Any) -> tuple[str, ...]:
+    found = (units.printable(item, 2000) for item in value if isinstance(item, str)) if isinstance(value, list) else ()
+    return tuple(dict.fromkeys(found))
+
+
+def _items(value: Any) -> list[tuple[str, Any]]:
+    return list(value.items()) if isinstance(value, Mapping) else []
+
+
+def _plain(value: Any) -> str:
+    """A field's value in one short line."""
+    if isinstance(value, str):
+        return units.printable(value, 120)
+    try:
+        return units.printable(json.dumps(value, ensure_ascii=False, default=str), 120)
+    except (ValueError, RecursionError):
+        return "…"
+
+
+def _deltas(before: Any, after: Any, metric: str, unit: str, *, higher: bool) -> tuple[Delta, ...]:
+    found = []
+    for key, label, show in (
+        ("bytes", "file", units.size),
+        ("parameters", "parameters", units.count),
+        ("nonzero", "non-zero", units.count),
+    ):
+        b, a = number(at(before, key)), number(at(after, key))
+        if b is None or a is None or (key == "parameters" and a == b):
+            continue
+        word = ("smaller", "larger") if key == "bytes" else ("fewer", "more")
+        ratio = f"{units.times(max(a / b, b / a))} {word[a > b]}" if a > 0 and b > 0 and a != b else ""
+        found.append(Delta(label, show(b), show(a), ratio or "same", None if a == b else a < b))
+    b, a = (number(at(side, "metric")) for side in (before, after))
+    if a is not None:
+        b_error, a_error = (number(at(side, "metric_stderr")) for side in (before, after))
+        change = "" if b is None else units.signed(a - b, unit, a)
+        better = None if b is None or a == b else (a > b) == higher
+        shown = "" if b is None else units.value(b, unit, b_error)
+        found.append(Delta(f"{metric}, val", shown, units.value(a, unit, a_error), change, better))
+    return tuple(found)
+
+
+def _skipped(step: str, given: Any) -> tuple[Skipped, ...]:
+    """Grouped by reason, in order of appearance."""
+    groups: dict[str, list[str]] = {}
+    for item in objects(given):
+        groups.setdefault(_string(item.get("reason")) or "no reason recorded", []).append(_string(item.get("name")))
+    return tuple(Skipped(step, reason, tuple(names)) for reason, names in groups.items())
+
+
+def skipped(done: tuple[Step, ...]) -> tuple[Skipped, ...]:
+    """What every step left alone."""
+    return tuple(entry for step in done for entry in step.skipped)
+
+
+def notes(done: tuple[Step, ...]) -> tuple[Note, ...]:
+    """Every step's warnings."""
+    return tuple(Note(step.path, text) for step in done for text in step.warnings)
+
+
+def _curves(history: Any, metric: str, unit: str) -> tuple[Curve, ...]:
+    series = {"train_loss": ("training loss", ""), "val": (f"{metric}, val", unit), "lr": ("learning rate", "")}
+    found = []
+    for key, (label, of) in series.items():
+        points = []
+        for place, epoch in enumerate(objects(history)):
+            value = epoch.get(key)
+            y = number(at(value, "value")) if isinstance(value, Mapping) else number(value)
+            x = number(epoch.get("epoch"))
+            if y is not None:
+                points.append((float(place if x is None else x), float(y)))
+        if len(points) > 1 and not (key == "lr" and len({y for _, y in points}) == 1):
+            found.append(Curve(label, of, _thinned(points)))
+    return tuple(found)
+
+
+def _thinned(points: list[tuple[float, float]]) -> tuple[tuple[float, float], ...]:
+    """At most ``MAX_POINTS``, evenly, the first and the last among them."""
+    if len(points) <= MAX_POINTS:
+        return tuple(points)
+    last = len(points) - 1
+    return tuple(points[round(k * last / (MAX_POINTS - 1))] for k in range(MAX_POINTS))
+
+
+def _per_layer(details: Any) -> tuple[PerLayer, ...]:
+    found = []
+    for key, show in (("sparsity", units.percent), ("bits", lambda n: units.plural(int(n), "bit"))):
+        values = [(units.printable(name), n) for name, v in _items(at(details, key)) if (n := number(v)) is not None]
+        if not values:
+            continue
+        low, high = (show(pick(n for _, n in values)) for pick in (min, max))
+        span = low if low == high else f"{low} to {high}"
+        text = f"{span} over {units.plural(len(values), 'layer')}"
+        found.append(PerLayer(key, text, tuple((name, show(n)) for name, n in values)))
+    return tuple(found)

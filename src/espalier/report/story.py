@@ -1,0 +1,64 @@
+"""The steps of a run on the page: what each did, gained and cost, and its training curves."""
+
+from __future__ import annotations
+
+from espalier.report import units
+from espalier.report.charts import curve
+from espalier.report.info import Info
+from espalier.report.markup import Markup, el
+from espalier.report.steps import PerLayer, Step
+from espalier.report.tables import table
+
+OPEN_STEPS = 40
+"""Beyond this many steps, the later ones are folded away."""
+
+
+def steps_section(info: Info) -> Markup | None:
+    """Every step in the order it ran."""
+    if not info.steps:
+        return None
+    drawn = [_step(step) for step in info.steps]
+    folded = None
+    if len(drawn) > OPEN_STEPS:
+        more = len(drawn) - OPEN_STEPS
+        folded = el("details", el("summary", f"Show {units.plural(more, 'more step')}"), drawn[OPEN_STEPS:])
+    return el("section", el("h2", "Steps"), drawn[:OPEN_STEPS], folded)
+
+
+def _step(step: Step) -> Markup:
+    time = "" if step.seconds is None else units.duration(step.seconds)
+    method = f" {step.method}" if step.method and step.method != step.name else ""
+    title = el("h3", step.name, el("span", method, class_="quiet name") if method else None)
+    fields = ", ".join(f"{name} {value}" for name, value in step.fields)
+    notes = [el("li", note) for note in step.notes]
+    notes += [el("li", warning, class_="bad") for warning in step.warnings]
+    return el(
+        "div",
+        el("div", title, el("span", time, class_="quiet n")),
+        el("p", fields, class_="fields") if fields else None,
+        _deltas(step),
+        el("ul", notes) if notes else None,
+        el("div", map(curve, step.curves), class_="curves") if step.curves else None,
+        map(_per_layer, step.per_layer),
+        class_=f"step d{step.depth}",
+    )
+
+
+def _deltas(step: Step) -> Markup | None:
+    rows = [
+        [
+            delta.label,
+            delta.before,
+            "→" if delta.before else "",
+            delta.after,
+            el("span", delta.change, class_={True: "good", False: "bad", None: "quiet"}[delta.better]),
+        ]
+        for delta in step.deltas
+    ]
+    return table(["", "", "", "", ""], rows, numbers=(1, 3)) if rows else None
+
+
+def _per_layer(found: PerLayer) -> Markup:
+    rows = [[el("span", name, class_="name"), value] for name, value in found.entries]
+    summary = el("summary", f"{found.label}: {found.range}")
+    return el("details", summary, table(["layer", found.label], rows, numbers=(1,)))
