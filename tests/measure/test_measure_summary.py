@@ -35,7 +35,12 @@ def test_everything_is_measured_and_plain(data, model) -> None:
     assert (found.latency.batch, found.throughput.batch, found.latency.threads) == (1, 32, 1)
     assert found.latency.p10_ms <= found.latency.median_ms <= found.latency.p90_ms
     # 32x6 input, 32x8 twice around the ReLU; dropout is the identity in eval mode
-    assert found.peak_memory.to_json() == {"weights": 332, "activations": 4 * 32 * (6 + 8 + 8), "bytes": 332 + 2816}
+    assert found.peak_memory.to_json() == {
+        "weights": 332,
+        "activations": 4 * 32 * (6 + 8 + 8),
+        "bytes": 332 + 2816,
+        "batch": 32,
+    }
     score = classification(val=data).measure(model, "val")
     assert (found.metric["value"], found.metric["stderr"], found.metric["count"]) == (score.value, score.stderr, 30)
     assert (found.metric["name"], found.metric["unit"], found.metric["split"]) == ("accuracy", "%", "val")

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 from dataclasses import dataclass, field
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -81,13 +79,3 @@ def states_equal(one: nn.Module, other: nn.Module) -> bool:
     """Bit for bit."""
     a, b = one.state_dict(), other.state_dict()
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
-@pytest.fixture
-def net() -> nn.Module:
-    return small_net()
-
-
-@pytest.fixture
-def twin(net: nn.Module) -> nn.Module:
-    return copy.deepcopy(net)

@@ -53,18 +53,18 @@ def describe(project: Project) -> dict[str, Any]:
 def _macs(model: nn.Module, task: Task) -> tuple[dict[str, int], int | None]:
     from espalier.core.parametrize import plain
     from espalier.core.task import capture_call
-    from espalier.graph import macs_by_tensor, trace
+    from espalier.graph import macs, trace
 
     bare = plain(model)
     args, kwargs = capture_call(task, bare, task.example())
     try:
-        counted = macs_by_tensor(trace(bare, args, kwargs))
+        counted = macs(trace(bare, args, kwargs))
     except ModelError as error:
         from espalier.core.context import Context
 
         Context().warn(f"no MACs: {error}")
         return {}, None
-    return counted, sum(counted.values())
+    return dict(counted.tensors), counted.total
 
 
 def table(found: dict[str, Any]) -> Table:
@@ -125,11 +125,23 @@ def bench(run: Path, project: Path | None, *, batch: int, threads: int, repeats:
 
 
 def _random_task(model: nn.Module) -> Task:
-    """A task of one random batch that fits the graph's inputs."""
-    from espalier.core.task import Task
+    """A task of one random batch that fits the inputs of a re-loaded graph."""
+    import torch
 
-    args, kwargs = model.example(batch=2)  # type: ignore[operator]
-    return Task(val=[(args, kwargs)], predict=lambda model, batch: model(*batch[0], **batch[1]), target=lambda _: None)
+    from espalier.core.task import Task
+    from espalier.graph import Runner, Value
+    from espalier.graph.trees import fill
+
+    if not isinstance(model, Runner):
+        raise UsageError("this file holds no graph, so its inputs are unknown; name the project file: --project.")
+    generator = torch.Generator().manual_seed(0)
+    values = []
+    for item in model.graph.inputs:
+        shape = [2 if size is None else size for size in item.shape]
+        dtype = getattr(torch, item.dtype)
+        values.append(torch.randn(shape, generator=generator).to(dtype) if dtype.is_floating_point else torch.zeros(shape, dtype=dtype))
+    args, kwargs = fill(model.graph.call, lambda leaf: values[leaf.index] if isinstance(leaf, Value) else None)
+    return Task(val=[(args, kwargs)], predict=lambda m, batch: m(*batch[0], **batch[1]), target=lambda _: None)
 
 
 def describe_method(cls: type[Method]) -> dict[str, Any]:

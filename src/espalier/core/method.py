@@ -87,7 +87,7 @@ class Method:
 
     def __post_init__(self) -> None:
         problems = [problem for field in fields_of(type(self)) for problem in _check(field, getattr(self, field.name))]
-        problems += self.conflicts()
+        problems = problems or self.conflicts()  # conflicts() may rely on the types
         if problems:
             raise UsageError(f"{self.name}: " + "; ".join(problems) + ".")
 

@@ -17,6 +17,9 @@ def copy_model(model: nn.Module) -> nn.Module:
     """A deep copy: tied weights stay tied, frozen stay frozen, hooks kept. Raises ``ModelError`` if it cannot be made."""
     if not isinstance(model, nn.Module):
         raise ModelError(f"a model is a torch.nn.Module; got {type(model).__name__}.")
+    for module in model.modules():  # a moved recurrent layer holds on to effective weights, which carry a graph
+        if isinstance(module, nn.RNNBase) and any(not weight.is_leaf for weight in module._flat_weights):
+            module.__dict__["_flat_weights"] = []
     try:
         return copy.deepcopy(model)
     except Exception as error:

@@ -29,8 +29,10 @@ from espalier.encode.symbols import Alphabet
 
 Array = NDArray[Any]
 CHUNK = 1 << 22  # symbols per independently coded chunk (at least one row)
-SAMPLE = 1 << 18  # symbols on which scan and stride are tried
+SAMPLE = 1 << 18  # symbols on which stride and, for large planes, view are tried
+WHOLE = 1 << 19  # largest plane coded in every view
 MIXED = 1 << 20  # largest plane that is mixed by default: without numba mixing decodes about 0.25 M weights/s
+MOST_PER_BYTE = 20_000  # symbols: no flag costs less than 0.00048 bits
 _SIGMOID = (22, 36, 60, 98, 162, 267, 439, 720, 1179, 1921, 3108, 4971, 7812, 11955, 17625, 24743)
 _DENSITIES = (4, 8, 16, 28, 44, 64, 90, 120, 160, 200, 256, 320, 400, 460)  # class borders, in 1/512
 _MEANS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 720, 1024, 1440)  # class borders, in 1/16 magnitude step
@@ -74,6 +76,8 @@ def transcode_plane(
     ``prior`` 0..255: the expected density of non-zeros in 1/256. Raises ``Corrupt`` for damaged ``data``.
     """
     rows, cols = plane.shape
+    if data is not None and plane.size > (len(data) + 64) * MOST_PER_BYTE:
+        raise Corrupt(f"an adaptive stream of {len(data)} bytes cannot hold {plane.size} symbols")
     code, array, machine = kernel(plane.size, compiled=compiled)
     top = max(alphabet.zero, alphabet.last - alphabet.zero)
     constants = {name: array(table) for name, table in tables().items()}
@@ -92,7 +96,8 @@ def transcode_plane(
             max(0, top - 1).bit_length(), stride, mixing,
             array(prob), array([0] * len(prob)), array([17000] * (INPUTS * MIX_SETS)),
             array([0] * (cols + stride + 2)), array([0] * (cols + stride + 2)), array([0] * cols), array([0] * cols),
-            constants["stretch"], constants["squash"], constants["rate"], constants["level"], grade, constants["bucket"],
+            constants["stretch"], constants["squash"], constants["rate"], constants["level"], grade,
+            constants["bucket"],
         )  # fmt: skip
         if data is None and at == -1:
             room *= 2
@@ -113,26 +118,22 @@ def transcode_plane(
 def views(shape: tuple[int, ...]) -> list[tuple[tuple[int, ...], int]]:
     """The orders in which a tensor may be scanned: ``(axes, rows)`` of the transposed array seen as a matrix.
 
-    The first axis by the rest; the second axis in front (input channels by filters); the first axis last.
+    First the first axis (outputs) by the rest, then the second axis (inputs) by the rest.
     """
     axes = tuple(range(len(shape)))
     if len(shape) < 2:
         return [(axes, 1)]
-    found = [(axes, shape[0]), ((1, 0, *axes[2:]), shape[1])]
-    if len(shape) > 2:
-        found.append(((*axes[1:], 0), math.prod(shape[1:])))
-    return found
+    return [(axes, shape[0]), ((1, 0, *axes[2:]), shape[1])]
 
 
 def strides(plane: NDArray[np.int64], zero: int, kernel_row: int) -> list[int]:
-    """Distances at which a neighbour may tell something: 2, a kernel's row, the clearest period up to 64."""
-    flags = plane[:, : SAMPLE // 2].ravel()[:SAMPLE] != zero
+    """Distances (2..255) at which a neighbour may tell something: a kernel's row, else 2 and the clearest period."""
+    if kernel_row > 2:
+        return [min(kernel_row, 255)]
+    flags = plane.ravel()[: 1 << 17] != zero
     together = [int(np.count_nonzero(flags[d:] & flags[:-d])) if d < flags.size else 0 for d in range(2, 66)]
     peaks = [2 * together[i] - together[i - 1] - together[i + 1] for i in range(1, len(together) - 1)]
-    found = [2, peaks.index(max(peaks)) + 3]
-    if kernel_row > 2:
-        found.append(min(kernel_row, 255))
-    return sorted(set(found))
+    return [2, peaks.index(max(peaks)) + 3]
 
 
 def _chunks(rows: int, cols: int) -> Iterator[slice]:
@@ -157,29 +158,26 @@ class Adaptive(Coder):
         symbols = alphabet.symbols(values)
         mixing = self.mixing == "on" or (self.mixing == "auto" and values.size <= MIXED)
         prior = min(255, int(np.count_nonzero(symbols != alphabet.zero)) * 256 // symbols.size)
-        view, stride = self._scan(symbols, alphabet, prior)
-        plane = _as_matrix(symbols, view)
-        parts = [
-            transcode_plane(plane[rows], None, alphabet, stride, prior, mixing=mixing) for rows in _chunks(*plane.shape)
-        ]
-        head = alphabet.write() + bytes([view + 4 * mixing, stride, prior])
-        return head + b"".join(varint(len(part)) for part in parts[:-1]) + b"".join(parts)
 
-    def _scan(self, symbols: NDArray[np.int64], alphabet: Alphabet, prior: int) -> tuple[int, int]:
-        """The view and stride that code a sample of rows best."""
-        best = (0, 2)
-        smallest: float = math.inf
+        def coded(plane: NDArray[np.int64], stride: int, *, mixing: bool = mixing) -> bytes:
+            return transcode_plane(plane, None, alphabet, stride, prior, mixing=mixing)
+
+        options = []
         for view in range(len(views(symbols.shape))):
             plane = _as_matrix(symbols, view)
-            kernel_row = symbols.shape[-1] if symbols.ndim > 2 and view < 2 else 0
-            sample = np.ascontiguousarray(plane[:: -(-plane.size // SAMPLE)])
-            for stride in strides(plane, alphabet.zero, kernel_row):
-                if alphabet.last == 0 or symbols.size < 256:
-                    continue
-                size = len(transcode_plane(sample, None, alphabet, stride, prior, mixing=False)) / sample.size
-                if size < smallest:
-                    best, smallest = (view, stride), size
-        return best
+            found = strides(plane, alphabet.zero, symbols.shape[-1] if symbols.ndim > 2 else 0)
+            if len(found) > 1:
+                found = [min(found, key=lambda stride: len(coded(_sample(plane), stride, mixing=False)))]
+            options.append((view, found[0]))
+        if symbols.size > WHOLE:  # otherwise every view is coded in full and the smallest kept
+            options = [min(options, key=lambda o: len(coded(_sample(_as_matrix(symbols, o[0])), o[1])))]
+        blobs = []
+        for view, stride in options:
+            plane = _as_matrix(symbols, view)
+            parts = [coded(plane[rows], stride) for rows in _chunks(*plane.shape)]
+            lengths = b"".join(varint(len(part)) for part in parts[:-1])
+            blobs.append(alphabet.write() + bytes([view + 4 * mixing, stride, prior]) + lengths + b"".join(parts))
+        return min(blobs, key=len)
 
     def decode(self, data: bytes, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:
         reader = Reader(data)
@@ -202,3 +200,7 @@ class Adaptive(Coder):
 def _as_matrix(symbols: NDArray[np.int64], view: int) -> NDArray[np.int64]:
     axes, rows = views(symbols.shape)[view]
     return np.ascontiguousarray(symbols.transpose(axes)).reshape(rows, -1)
+
+
+def _sample(plane: NDArray[np.int64]) -> NDArray[np.int64]:
+    return np.ascontiguousarray(plane[:: -(-plane.size // SAMPLE)])

@@ -86,7 +86,7 @@ def pack(values: Array, width: int) -> bytes:
 
 
 def unpack(data: bytes, width: int, count: int) -> NDArray[np.uint64]:
-    """Inverse of :func:`pack`: ``count`` integers. Raises ``Corrupt`` when ``data`` has another length or set padding."""
+    """Inverse of :func:`pack`: ``count`` integers; ``Corrupt`` for another length or set padding."""
     if len(data) != (width * count + 7) // 8:
         raise Corrupt(f"{count} integers of {width} bits need {(width * count + 7) // 8} bytes, got {len(data)}")
     if width == 0 or count == 0:
@@ -102,7 +102,9 @@ def unpack(data: bytes, width: int, count: int) -> NDArray[np.uint64]:
 
 def deflate(data: bytes, dictionary: bytes = b"") -> bytes:
     """Raw deflate at the highest level."""
-    squeezer = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_DEFAULT_STRATEGY, *([dictionary] if dictionary else []))
+    squeezer = zlib.compressobj(
+        9, zlib.DEFLATED, -15, 9, zlib.Z_DEFAULT_STRATEGY, *([dictionary] if dictionary else [])
+    )
     return squeezer.compress(data) + squeezer.flush()
 
 

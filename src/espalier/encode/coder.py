@@ -34,7 +34,7 @@ class Coder(Method):
     kind: ClassVar[str] = "coder"
 
     @abstractmethod
-    def encode(self, values: Array, hint: Hint | None = None) -> bytes | None:
+    def encode(self, values: Array, hint: Hint | None = None, /) -> bytes | None:
         """The blob for ``values`` (any shape), or None where this coder does not apply."""
 
     @abstractmethod

@@ -5,13 +5,15 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterable
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from espalier.encode.context_model import transcode
 
-WORTH = 1 << 18  # symbols below which loading the compiled kernel takes longer than it saves
+WORTH = 1 << 18  # symbols that must come by in a process before loading the compiled kernel pays
+
+_seen = [0]  # symbols coded so far in this process
 
 Transcode = Callable[..., int]
 
@@ -27,10 +29,9 @@ def _machine_code() -> Transcode:
     import numba
 
     try:
-        found: Transcode = numba.njit(cache=True)(transcode)
+        return cast("Transcode", numba.njit(cache=True)(transcode))
     except RuntimeError:  # no folder to cache in: compile once per process
-        found = numba.njit(transcode)
-    return found
+        return cast("Transcode", numba.njit(transcode))
 
 
 def kernel(symbols: int, *, compiled: bool | None = None) -> tuple[Transcode, Callable[[Iterable[int]], Any], bool]:
@@ -38,8 +39,9 @@ def kernel(symbols: int, *, compiled: bool | None = None) -> tuple[Transcode, Ca
 
     ``compiled`` forces one of the two; by default numba is used where it is installed and pays.
     """
+    _seen.append(_seen.pop() + symbols)
     if compiled is None:
-        compiled = available() and symbols >= WORTH
+        compiled = available() and _seen[0] >= WORTH
     if compiled:
         return _machine_code(), lambda values: np.array(list(values), dtype=np.int64), True
     return transcode, list, False

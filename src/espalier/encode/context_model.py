@@ -25,7 +25,7 @@ MIX_SETS = 2 + TREE_BITS
 INPUTS = 5
 
 
-def transcode(
+def transcode(  # noqa: PLR0917 - numba compiles positional arguments
     decoding: bool,
     symbols: Ints,
     data: Ints,
@@ -53,12 +53,12 @@ def transcode(
     """Code ``rows * cols`` symbols 0..``last`` in value order, ``zero`` being the one for "pruned".
 
     Decoding fills ``symbols`` from ``data`` (5 zero bytes follow the real ones); encoding fills ``data``.
-    ``depth``: bits of a magnitude. ``above`` and ``here`` hold two rows of signed values with ``stride`` zeros before and one after;
-    the remaining arrays are the model's state and its constant tables. Returns the bytes consumed or
+    ``depth``: bits of a magnitude. ``above`` and ``here`` hold two rows of signed values with ``stride`` zeros
+    before and one after; the remaining arrays are the model's state and its constant tables. Returns the bytes consumed or
     produced, -1 where ``data`` is too short (damaged when decoding, a small buffer when encoding).
     """
     end = len(data)
-    column, column_sign = COLUMNS, COLUMNS + cols
+    column, column_sign, row = COLUMNS, COLUMNS + cols, ROW
     top = max(zero, last - zero)
     signed = zero > 0 and last > zero
     low, code, span, at = 0, 0, 1 << 40, 0
@@ -66,42 +66,48 @@ def transcode(
         for _ in range(5):
             code = (code << 8) | data[at]
             at += 1
-    position, last_sign, last_grade = 0, 0, 0
+    position, last_sign, last_grade, target, want = 0, 0, 0, 0, 0
+    bit, sign, rank, node, bits, left = 0, 0, 0, 0, 0, 0
+    by_column, by_above, by_density, by_last, plain, s0, s1, s2, s3, s4 = 0, 0, 0, 0, 0, 0, 0, 0, 0, 0
     for _row in range(rows):
         prob[ROW], seen[ROW] = prob[ORDER0], 3
         prob[ROW_SIGN], seen[ROW_SIGN] = prob[SIGN], 3
-        before, over, off, value, target = 0, 1 if above[stride] != 0 else 0, 0, 0, 0
+        before, over, off, value = 0, 1 if above[stride] != 0 else 0, 0, 0
         for c in range(cols):
             here_at = c + stride
-            before = ((before << 1) | (1 if value != 0 else 0)) & 7
-            over = ((over << 1) | (1 if above[here_at + 1] != 0 else 0)) & 7
-            off = ((off << 1) | (1 if here[c + 1] != 0 else 0)) & 7
-            dense = level[prob[column + c] >> 7]
+            before = ((before << 1) | (1 if value else 0)) & 7
+            over = ((over << 1) | (1 if above[here_at + 1] else 0)) & 7
+            off = ((off << 1) | (1 if here[c + 1] else 0)) & 7
+            left, value, kind, sets, x2, x3 = value, 0, 0, 0, column + c, row
+            dense = level[prob[x2] >> 7]
+            if mixing:
+                x0 = (DENSE + (before & 3) + ((over & 2) << 1)) + (dense << 3)
+                x1, x4 = NEAR + before + (over << 3) + (off << 6), ORDER0
+            else:
+                x0 = (
+                    (before & 3)
+                    + ((over & 2) << 1)
+                    + ((off & 2) << 2)
+                    + ((dense * 15 + level[prob[ROW] >> 7]) << 4)
+                    + JOINT
+                )
+                x1, x4 = 0, 0
             if not decoding:
                 target = symbols[position] - zero
-            left, value = value, 0
-            kind, node, sign, rank, bits, sets, want = 0, 0, 0, 0, 0, 0, 0
-            by_column, by_above, by_density, by_last, plain = 0, 0, 0, 0, 0
-            x0, x1, x2, x3, x4 = (before & 3) + ((over & 2) << 1), NEAR, column + c, ROW, ORDER0
-            if mixing:
-                x0 += DENSE + (dense << 3)
-                x1 += before + (over << 3) + (off << 6)
-            else:
-                x0 += JOINT + ((off & 2) << 2) + ((dense * 15 + level[prob[ROW] >> 7]) << 4)
-            bit = 1 if target != 0 else 0
+                bit = 1 if target else 0
             while True:
                 # ---- the probability that the bit is one
-                if kind == 3:
-                    p = 32768
-                elif mixing:
+                if mixing and kind < 3:
                     s0, s1 = stretch[prob[x0] >> 4], stretch[prob[x1] >> 4]
                     s2, s3, s4 = stretch[prob[x2] >> 4], stretch[prob[x3] >> 4], stretch[prob[x4] >> 4]
                     dot = weights[sets] * s0 + weights[sets + 1] * s1 + weights[sets + 2] * s2
                     dot = (dot + weights[sets + 3] * s3 + weights[sets + 4] * s4) >> 16
                     p = squash[4095 if dot > 2047 else 1 if dot < -2047 else dot + 2048]
-                else:
+                elif kind < 3:
                     p = prob[x0]
-                    p = 32 if p < 32 else 65504 if p > 65504 else p
+                    p = 32 if p < 32 else 65504 if p > 65504 else p  # noqa: FURB136 - min() is a slow call
+                else:
+                    p = 32768
                 # ---- the range coder
                 bound = (span >> 16) * p
                 if decoding:
@@ -135,21 +141,26 @@ def transcode(
                     aim = 65535 if bit else 0
                     n = seen[x0]
                     prob[x0] += ((aim - prob[x0]) * rate[n]) >> 16
-                    seen[x0] = n + 1 if n < 255 else n
+                    if n < 255:
+                        seen[x0] = n + 1
                     if mixing or kind == 0:
                         n = seen[x2]
                         prob[x2] += ((aim - prob[x2]) * rate[n]) >> 16
-                        seen[x2] = n + 1 if n < 255 else n
+                        if n < 255:
+                            seen[x2] = n + 1
                         n = seen[x3]
                         prob[x3] += ((aim - prob[x3]) * rate[n]) >> 16
-                        seen[x3] = n + 1 if n < 255 else n
+                        if n < 255:
+                            seen[x3] = n + 1
                     if mixing:
                         n = seen[x1]
                         prob[x1] += ((aim - prob[x1]) * rate[n]) >> 16
-                        seen[x1] = n + 1 if n < 255 else n
+                        if n < 255:
+                            seen[x1] = n + 1
                         n = seen[x4]
                         prob[x4] += ((aim - prob[x4]) * rate[n]) >> 16
-                        seen[x4] = n + 1 if n < 255 else n
+                        if n < 255:
+                            seen[x4] = n + 1
                         error = ((bit << 16) - p) * 6
                         weights[sets] += (s0 * error + 131072) >> 18
                         weights[sets + 1] += (s1 * error + 131072) >> 18
@@ -160,6 +171,7 @@ def transcode(
                 if kind == 0:
                     if bit == 0:
                         break
+                    bits, rank = 0, 0
                     if signed:
                         kind, sets = 1, INPUTS
                         up, off_value = above[here_at], here[c]
@@ -181,7 +193,7 @@ def transcode(
                     kind, up = 2, above[here_at]
                     node, half = 1, sign << 8
                     want = (target if target > 0 else -target) - 1
-                    by_column = BY_COLUMN + half + (bucket[2047 if mean[c] > 2047 else mean[c]] << 9)
+                    by_column = BY_COLUMN + half + (bucket[min(mean[c], 2047)] << 9)
                     by_above = BY_ABOVE + half + (grade[up if up > 0 else -up] << 9)
                     by_density, by_last = BY_DENSITY + half + (dense << 9), BY_LAST + half + (last_grade << 9)
                     plain = PLAIN + half

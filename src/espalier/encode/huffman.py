@@ -32,7 +32,7 @@ WIDEST = 12  # bits of a relative index
 def relative_indices(
     symbols: NDArray[np.int64], zero: int, index_bits: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """``(gaps, values)`` of ``symbols`` (1-D): zeros skipped before each coded value, fillers included (section 3.1)."""
+    """``(gaps, values)`` of ``symbols`` (1-D): zeros before each coded value, fillers included (section 3)."""
     places = np.flatnonzero(symbols != zero)
     runs = np.diff(places, prepend=-1) - 1
     fillers = runs >> index_bits  # a filler is a zero itself: gap 2^b - 1 and the filler cover 2^b positions

@@ -27,7 +27,7 @@ class Packed(Coder):
 
     id: ClassVar[str] = "packed"
 
-    def encode(self, values: Array, hint: Hint | None = None) -> bytes | None:
+    def encode(self, values: Array, _hint: Hint | None = None) -> bytes | None:
         if values.dtype.kind not in "iub" or values.size == 0:
             return None
         low, high = int(values.min()), int(values.max())

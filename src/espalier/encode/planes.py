@@ -1,9 +1,10 @@
 r"""Byte planes for float remainders: biases, scales, codebooks, layers kept as they are.
 
 Paper    Hershcovitch et al. ZipNN: Lossless Compression for AI Models. 2024. arXiv:2411.05239 (byte grouping)
-Formula  the k-th bytes of all values form plane k; each plane takes the smallest of: as is, constant, deflated, rANS, adaptive
-Departs  Two reversible views are tried first: sign moved to the last bit (exponents alone in a plane), and differences of
-         neighbours in number order, which makes a sorted codebook cheap.
+Formula  the k-th bytes of all values form plane k; each plane is the smallest of: as is, constant, deflated, rANS,
+         adaptive
+Departs  Two reversible views are tried first: sign moved to the last bit (exponents alone in a plane), and differences
+         of neighbours in number order, which makes a sorted codebook cheap.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ Array = NDArray[Any]
 PLAIN, ROTATED, DIFFERENCES = range(3)  # views
 AS_IS, CONSTANT, DEFLATED, RANS, ADAPTIVE = range(5)  # methods
 _BYTES = np.dtype(np.uint8)
+TRIED = 1 << 16  # bytes of the largest plane the adaptive coder is tried on
 
 
 def _unsigned(dtype: np.dtype[Any]) -> np.dtype[Any]:
@@ -36,11 +38,11 @@ def forward(bits: Array, view: int) -> Array:
     last = bits.dtype.type(8 * bits.dtype.itemsize - 1)
     one = bits.dtype.type(1)
     if view == ROTATED:
-        return (bits << one) | (bits >> last)
+        bits = (bits << one) | (bits >> last)
     if view == DIFFERENCES:
         top = one << last
         ordered = np.where(bits & top, ~bits, bits | top)
-        return np.diff(ordered, prepend=bits.dtype.type(0))
+        bits = np.diff(ordered, prepend=bits.dtype.type(0))
     return bits
 
 
@@ -49,23 +51,26 @@ def backward(words: Array, view: int) -> Array:
     last = words.dtype.type(8 * words.dtype.itemsize - 1)
     one = words.dtype.type(1)
     if view == ROTATED:
-        return (words >> one) | (words << last)
+        words = (words >> one) | (words << last)
     if view == DIFFERENCES:
         ordered = np.cumsum(words, dtype=words.dtype)
         top = one << last
-        return np.where(ordered & top, ordered & ~top, ~ordered)
+        words = np.where(ordered & top, ordered & ~top, ~ordered)
     return words
 
 
-def encode_plane(plane: NDArray[np.uint8]) -> bytes:
-    """One byte of method, then the plane (1-D, not empty) in the smallest way."""
+def encode_plane(plane: NDArray[np.uint8], *, alone: bool) -> bytes:
+    """One byte of method, then the plane (1-D, not empty) in the smallest way; ``alone``: an array of bytes, which
+    the integer coders have been tried on already.
+    """
     if (plane == plane[0]).all():
         return bytes([CONSTANT, int(plane[0])])
     raw = plane.tobytes()
     options = [bytes([AS_IS]) + raw]
-    squeezed = [(DEFLATED, deflate(raw)), (RANS, Rans().encode(plane))]
-    if plane.size <= 1 << 16:
-        squeezed.append((ADAPTIVE, Adaptive().encode(plane)))
+    squeezed: list[tuple[int, bytes | None]] = [(DEFLATED, deflate(raw))]
+    if not alone:
+        squeezed.append((RANS, Rans().encode(plane)))
+        squeezed.append((ADAPTIVE, Adaptive().encode(plane) if plane.size <= TRIED else None))
     options += [bytes([method]) + varint(len(blob)) + blob for method, blob in squeezed if blob is not None]
     return min(options, key=len)
 
@@ -91,7 +96,7 @@ class Planes(Coder):
 
     id: ClassVar[str] = "planes"
 
-    def encode(self, values: Array, hint: Hint | None = None) -> bytes | None:
+    def encode(self, values: Array, _hint: Hint | None = None) -> bytes | None:
         if values.size == 0:
             return None
         dtype = _unsigned(values.dtype)
@@ -100,7 +105,10 @@ class Planes(Coder):
         for view in (PLAIN, ROTATED, DIFFERENCES) if dtype.itemsize > 1 else (PLAIN,):
             rows = np.ascontiguousarray(forward(bits, view).astype(dtype, copy=False)).view(np.uint8)
             planes = rows.reshape(-1, dtype.itemsize).T
-            blobs.append(bytes([view]) + b"".join(encode_plane(np.ascontiguousarray(plane)) for plane in planes))
+            blobs.append(
+                bytes([view])
+                + b"".join(encode_plane(np.ascontiguousarray(plane), alone=dtype.itemsize == 1) for plane in planes)
+            )
         return min(blobs, key=len)
 
     def decode(self, data: bytes, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:

@@ -1,9 +1,9 @@
 r"""Static interleaved rANS: many integer states in step, vectorised.
 
 Paper    Duda. Asymmetric numeral systems: entropy coding combining speed of Huffman coding with compression rate of
-         arithmetic coding. 2013. arXiv:1311.2540; interleaving: Giesen. Interleaved entropy coders. 2014. arXiv:1402.3392
+         arithmetic coding. 2013. arXiv:1311.2540; lanes: Giesen. Interleaved entropy coders. 2014. arXiv:1402.3392
 Formula  x <- floor(x / f_s) 2^14 + (x mod f_s) + c_s;   16 bits leave a state before it would reach 2^32
-Departs  Lanes = payload / 1000 bytes, 1 to 1024, because each costs 4 bytes; all states end where they began, as a check.
+Departs  Lanes = payload / 1000 bytes, 1 to 1024, as each costs 4 bytes; all states end where they began, as a check.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class Rans(Coder):
 
     id: ClassVar[str] = "rans"
 
-    def encode(self, values: Array, hint: Hint | None = None) -> bytes | None:
+    def encode(self, values: Array, _hint: Hint | None = None) -> bytes | None:
         alphabet = Alphabet.of(values, None) if values.size else None
         if alphabet is None or alphabet.last >= LARGEST:
             return None

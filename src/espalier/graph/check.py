@@ -5,6 +5,7 @@ Structure and argument types are checked first; then every node runs on meta ten
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -46,7 +47,8 @@ def infer(graph: Graph, *, batch: int = 2, limits: Limits = DEFAULT_LIMITS) -> l
         _blank(tuple(batch if n is None else n for n in item.shape), item.dtype, limits) for item in graph.inputs
     ]
     total = sum(v.numel() for v in values)
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # advice about speed and padding is for whoever runs the graph
         for number, node in enumerate(graph.nodes):
             where = f"Node {number} ({node.op})"
             value = _infer_node(node, values, tensors, where)

@@ -6,7 +6,7 @@ stands before it. Tensors are named as in ``state_dict()``; everything else a no
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -105,15 +105,16 @@ class Graph:
         found = {arg.name for node in self.nodes for arg in references(node) if isinstance(arg, Weight)}
         return found | {leaf.name for leaf in leaves(self.output) if isinstance(leaf, Weight)}
 
-    def without_statistics(self) -> Graph:
-        """The graph with each affine batch norm as a scale and a shift per channel; its statistics dropped.
+    def without_statistics(self, names: Set[str]) -> Graph:
+        """The graph with each affine batch norm whose statistics are among ``names`` as a scale and a shift.
 
-        Exact once the caller rewrote weight and bias so that mean = 0 and variance = 1 - eps. Batch norms
-        without weight and bias, or that use batch statistics, stay.
+        Exact once the caller rewrote weight and bias so that mean = 0 and variance = 1 - eps. The statistics are
+        dropped; batch norms without weight and bias, or that use batch statistics, stay.
         """
-        nodes = tuple(_scale_shift(node) if _normalises(node) else node for node in self.nodes)
+        chosen = [node for node in self.nodes if _normalises(node) and set(_statistics(node)) <= names]
+        nodes = tuple(_scale_shift(node) if node in chosen else node for node in self.nodes)
         kept = replace(self, nodes=nodes).used()
-        dropped = {name for node in self.nodes if _normalises(node) for name in _statistics(node) if name not in kept}
+        dropped = {name for node in chosen for name in _statistics(node) if name not in kept}
         aliases = {alias: name for alias, name in self.aliases.items() if name not in dropped}
         tensors = {name: spec for name, spec in self.tensors.items() if name not in dropped}
         return replace(self, nodes=nodes, tensors=tensors, aliases=aliases)

@@ -8,16 +8,15 @@ table operator, or return a reference when the operator does nothing.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx, nn
 
+from espalier.graph.exported import Builder
 from espalier.graph.graph import Arg, Value, Weight
 from espalier.graph.operators.schema import MAX_INT, dtype_name
-
-if TYPE_CHECKING:
-    from espalier.graph.normalise import Builder
+from espalier.graph.runner import Runner
 
 Arguments = dict[str, Arg]
 
@@ -164,8 +163,14 @@ def _batch_norm(builder: Builder, node: fx.Node, arguments: Arguments) -> Argume
 
 
 def _attention(builder: Builder, node: fx.Node, arguments: Arguments) -> Arguments | Value | Weight:
-    """In eval mode attention is traced without its dropout: take it back from the module."""
+    """In eval mode attention is traced without its dropout: take it back from the module or the traced runner."""
     module = _module(builder)
+    if isinstance(builder.model, Runner):
+        before = sum(done.op == "attention" for done in builder.nodes)
+        nodes = [known for known in builder.model.graph.nodes if known.op == "attention"]
+        return (
+            {**arguments, "dropout_p": nodes[before].args.get("dropout_p", 0.0)} if before < len(nodes) else arguments
+        )
     if isinstance(module, nn.MultiheadAttention) and module.dropout > 0:
         return {**arguments, "dropout_p": float(module.dropout)}
     return arguments

@@ -23,6 +23,7 @@ from espalier.core.errors import ModelError
 from espalier.graph.check import infer
 from espalier.graph.graph import Graph
 from espalier.graph.normalise import normalise
+from espalier.graph.runner import Runner
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _ATTEMPTS = ("every input", "the first input", "what export finds free", "nothing")
@@ -65,7 +66,8 @@ def _check_runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
             model(*args, **kwargs)
     except Exception as error:
         raise ModelError(
-            f"{type(model).__name__} cannot be run on the example: {_reason(error)} Check the example's shapes and dtypes."
+            f"{type(model).__name__} cannot be run on the example: {_reason(error)} "
+            "Check the example's shapes and dtypes."
         ) from error
 
 
@@ -99,6 +101,8 @@ def _reason(error: BaseException) -> str:
 
 def _parameter_names(model: nn.Module, count: int) -> tuple[str, ...]:
     """Names of the first ``count`` positional arguments of ``forward``; ``args.N`` for a variadic one."""
+    if isinstance(model, Runner):
+        return model.graph.names[:count]
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     names = [p.name for p in inspect.signature(model.forward).parameters.values() if p.kind in kinds]
     return tuple((names + [f"args.{n}" for n in range(len(names), count)])[:count])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
+
+LARGEST = 1e100
+"""No measured quantity is larger; sums, ratios and scales of smaller ones cannot overflow."""
 
 Kind = Literal["bytes", "count", "ms", "per_second", "metric"]
 
@@ -39,13 +41,10 @@ class Comparison:
 
 
 def number(value: Any) -> float | None:
-    """``value`` if it is a finite real number, else None: nothing is shown for what was not measured."""
+    """``value`` if it is a real number that can be a measurement, else None: nothing is shown for anything else."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    try:
-        return value if math.isfinite(value) else None
-    except OverflowError:  # an integer beyond every float
-        return None
+    return value if abs(value) <= LARGEST else None  # also false for NaN
 
 
 def at(data: Any, *keys: str) -> Any:
@@ -62,10 +61,10 @@ _ROWS: tuple[tuple[str, str, Kind, str, Where], ...] = (
     ("file_bytes", "file", "bytes", "B", ("file_bytes",)),
     ("parameters", "parameters", "count", "", ("parameters",)),
     ("nonzero", "non-zero parameters", "count", "", ("nonzero",)),
-    ("macs", "multiply-accumulates per sample", "count", "", ("macs",)),
+    ("macs", "MACs per sample", "count", "", ("macs",)),
     ("latency", "latency", "ms", "ms", ("latency", "median_ms")),
     ("throughput", "throughput", "per_second", "samples/s", ("throughput", "per_second")),
-    ("peak_memory", "peak tensor memory of a forward pass", "bytes", "B", ("peak_memory", "bytes")),
+    ("peak_memory", "peak tensor memory", "bytes", "B", ("peak_memory", "bytes")),
 )
 
 

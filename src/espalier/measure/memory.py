@@ -21,10 +21,13 @@ from espalier.core.model import evaluating
 
 @dataclass(frozen=True)
 class PeakMemory:
-    """Bytes: ``weights`` (parameters and buffers as they lie in memory) and the peak of everything else."""
+    """Bytes: ``weights`` (parameters and buffers, as they lie in memory) and the peak of all else at ``batch``
+    samples (None where it was not named).
+    """
 
     weights: int
     activations: int
+    batch: int | None = None
 
     @property
     def total(self) -> int:
@@ -33,7 +36,8 @@ class PeakMemory:
 
     def to_json(self) -> dict[str, int]:
         """As plain data."""
-        return {"weights": self.weights, "activations": self.activations, "bytes": self.total}
+        data = {"weights": self.weights, "activations": self.activations, "bytes": self.total}
+        return data if self.batch is None else {**data, "batch": self.batch}
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]

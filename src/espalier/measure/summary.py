@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -127,7 +127,7 @@ def _time(
 
 def _memory(model: nn.Module, task: Task, example: Any, batch: int) -> PeakMemory:
     args, kwargs = sized_call(task, model, example, batch)
-    return peak_memory(model, lambda m: m(*args, **kwargs), (args, kwargs))
+    return replace(peak_memory(model, lambda m: m(*args, **kwargs), (args, kwargs)), batch=batch)
 
 
 def _metric(model: nn.Module, task: Task, split: Split, original: nn.Module | None) -> dict[str, Any]:

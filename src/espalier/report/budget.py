@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 from espalier.measure.comparison import at, number
 from espalier.report import units
 
-KINDS = ("values", "positions", "codebooks", "floats", "graph", "header")
+CONTENT = ("values", "positions", "codebooks", "floats")
+KINDS = (*CONTENT, "graph", "plans", "header")
 """What bytes are spent on, in the order in which they are shown; ``header`` includes the file's fixed prefix."""
 
 Parts = tuple[tuple[str, int], ...]
@@ -77,30 +79,35 @@ def shape_text(shape: Any) -> str:
     return " × ".join(units.printable(size, 20) for size in shape[:8]) or "scalar"
 
 
+def elements(shape: Any) -> int | None:
+    """The number of elements of a tensor of this shape."""
+    sizes = [whole(size) for size in shape] if isinstance(shape, (list, tuple)) else [None]
+    return None if None in sizes else math.prod(size for size in sizes if size is not None)
+
+
 def budget(info: Any) -> Budget | None:
-    """The budget of a file's ``info``; None where it holds no bytes."""
+    """The budget of a file's ``info``; None where it names no bytes."""
     shares = [_share(tensor) for tensor in objects(at(info, "tensors"))]
     sums: dict[str, int] = {}
     for share in shares:
         for kind, size in share.parts:
             sums[kind] = sums.get(kind, 0) + size
-    for kind, keys in (("graph", ("graph",)), ("header", ("prefix", "header"))):
+    for kind, keys in (("graph", ("graph",)), ("plans", ("plans",)), ("header", ("prefix", "header"))):
         sums[kind] = sums.get(kind, 0) + sum(whole(at(info, key)) or 0 for key in keys)
     parts = _ordered(sums)
     explained = sum(size for _, size in parts)
-    given = whole(at(info, "total"))
-    if given is None and not explained:
-        return None
+    given = _first(whole(at(info, key)) for key in ("total", "bytes"))
     total = explained if given is None else given
+    if not total:
+        return None
     ranked = tuple(sorted((s for s in shares if s.total), key=lambda share: -share.total))
     return Budget(total, parts, ranked, total - explained)
 
 
 def _share(tensor: Mapping[str, Any]) -> Share:
-    sizes = tensor.get("bytes")
-    given = (
-        {units.printable(k, 30): n for k, v in sizes.items() if (n := whole(v))} if isinstance(sizes, Mapping) else {}
-    )
+    sizes = tensor.get("bytes")  # by kind, or their sum with the kinds beside it
+    by_kind = sizes if isinstance(sizes, Mapping) else {kind: tensor.get(kind) for kind in CONTENT}
+    given = {units.printable(kind, 30): size for kind, value in by_kind.items() if (size := whole(value))}
     parts = _ordered(given)
     return Share(
         units.printable(tensor.get("name", "")),
@@ -112,8 +119,13 @@ def _share(tensor: Mapping[str, Any]) -> Share:
 
 
 def _coding(tensor: Mapping[str, Any]) -> str:
-    words = (tensor.get(key) for key in ("kind", "coder"))
-    return ", ".join(units.printable(word, 60) for word in words if isinstance(word, str) and word)
+    coders = tensor.get("coders")
+    words = [tensor.get("kind"), tensor.get("coder"), *(coders.values() if isinstance(coders, Mapping) else ())]
+    return ", ".join(dict.fromkeys(units.printable(word, 60) for word in words if isinstance(word, str) and word))
+
+
+def _first(values: Iterable[int | None]) -> int | None:
+    return next((value for value in values if value is not None), None)
 
 
 def _ordered(sizes: Mapping[str, int]) -> Parts:
@@ -147,7 +159,7 @@ def layers(given: Any, info: Any) -> tuple[Layer, ...]:
             Layer(
                 name,
                 shape_text(item.get("shape")),
-                whole(item.get("parameters")),
+                _first((whole(item.get("parameters")), elements(item.get("shape")))),
                 whole(item.get("nonzero")),
                 number(item.get("bits")),
                 share.total if size is None and share else size,

@@ -58,7 +58,7 @@ def curve(series: Curve) -> Markup:
     def py(y: float) -> float:
         return top + (high - top - bottom) * (y1 - y) / (y1 - y0)
 
-    marks = [_rule(left, wide - right, py(y), units.significant(y)) for y in linear_ticks(y0, y1, 3)]
+    marks = [_rule(left, wide - right, py(y), _tick(y)) for y in linear_ticks(y0, y1, 4)]
     marks += [
         el("text", f"{x:g}", x=_n(px(x)), y=high - 6, class_="tick", text_anchor=anchor)
         for x, anchor in ((x0, "start"), (x1, "end"))
@@ -93,7 +93,7 @@ def scatter(tries: Sequence[Try], metric: str, unit: str) -> Markup:
     def py(y: float) -> float:
         return top + (high - top - bottom) * (y1 - y) / (y1 - y0)
 
-    marks = [_rule(left, wide - right, py(y), units.significant(y, 4)) for y in linear_ticks(y0, y1, 4)]
+    marks = [_rule(left, wide - right, py(y), _tick(y)) for y in linear_ticks(y0, y1, 4)]
     for x in log_ticks(x0, x1) if log else linear_ticks(x0, x1, 5):
         marks.append(el("text", units.size(x), x=_n(px(x)), y=high - 26, class_="tick", text_anchor="middle"))
         marks.append(el("line", x1=_n(px(x)), x2=_n(px(x)), y1=top, y2=high - bottom, class_="grid"))
@@ -125,6 +125,10 @@ def _mark(one: Try, x: float, y: float, unit: str, *, numbered: bool) -> Markup:
     return el("g", marks)
 
 
+def _tick(value: float) -> str:
+    return f"{value:.6g}".replace("-", units.MINUS) if abs(value) > 1e-12 else "0"
+
+
 def _rule(x1: float, x2: float, y: float, label: str) -> Markup:
     text = el("text", label, x=_n(x1 - 6), y=_n(y + 4), class_="tick", text_anchor="end")
     return el("g", el("line", x1=_n(x1), x2=_n(x2), y1=_n(y), y2=_n(y), class_="grid"), text)
@@ -132,7 +136,8 @@ def _rule(x1: float, x2: float, y: float, label: str) -> Markup:
 
 def _padded(low: float, high: float) -> tuple[float, float]:
     """A little room above and below, so that no mark touches the frame; equal ends are set apart."""
-    room = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
+    spread = high - low
+    room = 0.06 * spread if spread > 1e-9 * max(abs(low), abs(high)) else 0.05 * abs(high) or 1.0
     return low - room, high + room
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from espalier.core.errors import RunError
 from espalier.report import units
-from espalier.report.charts import curve, kind_class, scatter, stacked
+from espalier.report.before_after import Cell
+from espalier.report.charts import kind_class, scatter, stacked
 from espalier.report.info import Info, summarise
 from espalier.report.markup import Markup, el, join
 from espalier.report.source import load
@@ -26,28 +28,20 @@ def write_html(record: Mapping[str, Any], path: str | Path) -> Path:
     """Write the report of a record to ``path``, complete or not at all. Raises ``RunError`` if it cannot be written."""
     path = Path(path)
     data = page(record).encode("utf-8")
-    temporary = None
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = Path(file.name)
+        with temporary.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
     except OSError as error:
-        if temporary is not None:
+        with suppress(OSError):  # the first error is the one to tell
             temporary.unlink(missing_ok=True)
         raise RunError(
             f"the report cannot be written to {path}: {error}. Name a folder that exists and has room."
         ) from error
     return path
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
 
 
 def page(record: Mapping[str, Any]) -> str:
@@ -86,17 +80,17 @@ def section(title: str, *children: object, lead: str = "") -> Markup:
 
 
 def _header(info: Info) -> Markup:
+    headline = re.sub(r"(?<=\d) (?=[%kMGTB±])|(?<=±) ", "\N{NO-BREAK SPACE}", info.headline)
     eyebrow = " · ".join(part for part in ("espalier", info.model, info.created) if part)
     banner = None
     if info.status in {"target-missed", "interrupted"}:
         said = {"target-missed": "The target was not reached.", "interrupted": "Interrupted: this is the best so far."}
-        banner = el("p", el("strong", said[info.status]), " ", info.message, class_="banner")
-    elif info.message and info.message != info.headline:
-        banner = el("p", info.message, class_="banner calm")
+        told = info.message if info.message != info.headline else ""
+        banner = el("p", el("strong", said[info.status]), " ", told, class_="banner")
     if info.verified is False:
         warning = el("strong", "The file that was re-loaded did not give what was written: do not use it.")
         banner = join([el("p", warning, class_="banner"), banner])
-    return el("header", el("p", eyebrow, class_="eyebrow"), el("h1", info.headline), banner, _goals(info))
+    return el("header", el("p", eyebrow, class_="eyebrow"), el("h1", headline), banner, _goals(info))
 
 
 def _goals(info: Info) -> Markup | None:
@@ -111,15 +105,20 @@ def _before_after(info: Info) -> Markup | None:
         return None
     rows = [
         [
-            [row.label, el("span", row.note, class_="note") if row.note else None],
-            row.before,
-            row.after,
-            el("span", row.change, class_={True: "good", False: "bad", None: None}[row.better]),
+            cell(Cell(row.label, row.note)),
+            cell(row.before),
+            cell(row.after),
+            el("span", cell(row.change), class_={True: "good", False: "bad", None: None}[row.better]),
         ]
         for row in info.rows
     ]
     paired = el("p", info.paired, class_="quiet") if info.paired else None
-    return section("Before and after", table(["", "before", "after", "change"], rows, numbers=(1, 2, 3)), paired)
+    return section("Before and after", table(["", "before", "after", "change"], rows, numbers=(1, 2)), paired)
+
+
+def cell(shown: Cell) -> object:
+    """A figure with its note below it."""
+    return [shown.text, el("span", shown.note, class_="note") if shown.note else None] if shown.text else ""
 
 
 def _bytes(info: Info) -> Markup | None:
@@ -133,15 +132,15 @@ def _bytes(info: Info) -> Markup | None:
                 "svg", el("rect", width=12, height=12, class_=kind_class(kind)), viewBox="0 0 12 12", aria_hidden="true"
             ),
             kind,
-            el("span", f"{units.size(size)}, {units.percent(size / found.total)}" if found.total else units.size(size)),
+            el("span", f"{units.size(size)}, {units.percent(size / found.total)}"),
         )
         for kind, size in found.parts
     ]
     whole = stacked(found.parts, found.total, "the whole file by what the bytes are spent on", "bar whole")
     odd = None
     if found.unexplained:
-        odd = el("p", f"{units.size(abs(found.unexplained))} of the file's length "
-                      f"{'are not itemised' if found.unexplained > 0 else 'are itemised twice'}.", class_="quiet")  # fmt: skip
+        words = "are not itemised" if found.unexplained > 0 else "are itemised twice"
+        odd = el("p", f"{units.size(abs(found.unexplained))} of the file's length {words}.", class_="quiet")
     return section(
         "Where the bytes are", whole, el("ul", legend, class_="legend"), odd, share_rows(found, TOP),
         lead=f"model.espalier, {found.total:,} bytes.",
@@ -152,14 +151,20 @@ def _tries(info: Info) -> Markup | None:
     if not info.tries:
         return None
     rows = [
-        [str(t.number), t.strength, "" if t.bytes is None else units.size(t.bytes),
-         "" if t.metric is None else units.value(t.metric, info.unit), t.drop,
-         "" if t.seconds is None else units.duration(t.seconds),
-         [verdict(True if t.kept else None, "the file" if t.final else "kept", ""), el("span", t.reason, class_="note")]]
+        [
+            str(t.number),
+            t.strength,
+            "" if t.bytes is None else units.size(t.bytes),
+            "" if t.metric is None else units.value(t.metric, info.unit),
+            t.drop,
+            "" if t.seconds is None else units.duration(t.seconds),
+            verdict(True if t.kept else None, "the file" if t.final else "kept", ""),
+            t.reason,
+        ]
         for t in info.tries
-    ]  # fmt: skip
-    heads = ["try", "strength", "file", f"{info.metric or 'metric'}, val", "drop", "time", "result"]
-    lead = "Filled: met the target when it was tried and was kept. Ringed: the file that was written."
+    ]
+    heads = ["try", "strength", "file", f"{info.metric or 'metric'}, val", "drop", "time", "", "why"]
+    lead = "Filled: kept. Ringed: the file that was written."
     return section(
         "Tries", scatter(info.tries, info.metric, info.unit), table(heads, rows, numbers=range(6)), lead=lead
     )
@@ -191,9 +196,10 @@ def _layers(info: Info) -> Markup | None:
 def _files(info: Info) -> Markup | None:
     if not info.files:
         return None
+    notes = [el("p", note, class_="quiet") for note in info.notes]
     rows = [
         [
-            [el("span", file.name, class_="name"), el("span", file.meaning, class_="note")],
+            [el("span", file.name, class_="name"), el("span", file.meaning, class_="note") if file.meaning else None],
             "" if file.bytes is None else f"{file.bytes:,} B",
             file.smaller,
             verdict(file.verified, "re-loaded, the same", "NOT verified"),
@@ -201,7 +207,7 @@ def _files(info: Info) -> Markup | None:
         ]
         for file in info.files
     ]
-    return section("Files", table(["file", "length", "", "verified", "metric, re-loaded"], rows, numbers=(1, 2)))
+    return section("Files", table(["file", "length", "", "verified", "metric, re-loaded"], rows, numbers=(1, 2)), notes)
 
 
 def _settings(info: Info) -> Markup | None:

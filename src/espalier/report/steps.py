@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from espalier.measure.comparison import at, number
@@ -13,11 +14,12 @@ from espalier.report import units
 from espalier.report.budget import objects
 
 MAX_POINTS = 400
+MAX_DEPTH = 6
 
 
 @dataclass(frozen=True)
 class Delta:
-    """One quantity before and after a step, in words; ``better`` None: unchanged or neither."""
+    """One quantity before and after a step, in words; ``better`` is None for a change within a standard error."""
 
     label: str
     before: str
@@ -81,7 +83,9 @@ class Step:
 
 def steps(given: Any, metric: str, unit: str, *, higher: bool) -> tuple[Step, ...]:
     """The steps in the order they ran; ``metric``, ``unit`` and ``higher`` (is better) describe the metric on val."""
-    return tuple(_step(item, metric or "metric", unit, higher=higher) for item in objects(given))
+    done = [_step(item, metric or "metric", unit, higher=higher) for item in objects(given)]
+    outermost = min((step.depth for step in done), default=0)
+    return tuple(replace(step, depth=min(step.depth - outermost, MAX_DEPTH)) for step in done)
 
 
 def _step(item: Mapping[str, Any], metric: str, unit: str, *, higher: bool) -> Step:
@@ -92,7 +96,7 @@ def _step(item: Mapping[str, Any], metric: str, unit: str, *, higher: bool) -> S
     return Step(
         name=name,
         path=path,
-        depth=min(path.count("/"), 6),
+        depth=path.count("/"),
         method=_string(item.get("method")),
         fields=tuple((units.printable(key, 60), _plain(value)) for key, value in _items(fields)),
         seconds=number(item.get("seconds")),
@@ -136,16 +140,20 @@ def _deltas(before: Any, after: Any, metric: str, unit: str, *, higher: bool) ->
         ("nonzero", "non-zero", units.count),
     ):
         b, a = number(at(before, key)), number(at(after, key))
-        if b is None or a is None or (key == "parameters" and a == b):
+        if a is None or (key == "parameters" and a == b):
             continue
-        word = ("smaller", "larger") if key == "bytes" else ("fewer", "more")
-        ratio = f"{units.times(max(a / b, b / a))} {word[a > b]}" if a > 0 and b > 0 and a != b else ""
-        found.append(Delta(label, show(b), show(a), ratio or "same", None if a == b else a < b))
+        change = ""
+        if b is not None:
+            word = ("smaller", "larger") if key == "bytes" else ("fewer", "more")
+            change = f"{units.times(max(a / b, b / a))} {word[a > b]}" if a > 0 and b > 0 and a != b else "same"
+        better = None if b is None or a == b else a < b
+        found.append(Delta(label, "" if b is None else show(b), show(a), change, better))
     b, a = (number(at(side, "metric")) for side in (before, after))
     if a is not None:
         b_error, a_error = (number(at(side, "metric_stderr")) for side in (before, after))
         change = "" if b is None else units.signed(a - b, unit, a)
-        better = None if b is None or a == b else (a > b) == higher
+        noise = math.hypot(b_error or 0, a_error or 0)
+        better = None if b is None or abs(a - b) <= noise else (a > b) == higher
         shown = "" if b is None else units.value(b, unit, b_error)
         found.append(Delta(f"{metric}, val", shown, units.value(a, unit, a_error), change, better))
     return tuple(found)
@@ -170,17 +178,21 @@ def notes(done: tuple[Step, ...]) -> tuple[Note, ...]:
 
 
 def _curves(history: Any, metric: str, unit: str) -> tuple[Curve, ...]:
-    series = {"train_loss": ("training loss", ""), "val": (f"{metric}, val", unit), "lr": ("learning rate", "")}
+    series = (
+        (("train_loss", "loss"), "training loss", ""),
+        (("val", "score"), f"{metric}, val", unit),
+        (("lr",), "learning rate", ""),
+    )
     found = []
-    for key, (label, of) in series.items():
+    for keys, label, of in series:
         points = []
         for place, epoch in enumerate(objects(history)):
-            value = epoch.get(key)
-            y = number(at(value, "value")) if isinstance(value, Mapping) else number(value)
+            value = next((epoch[key] for key in keys if key in epoch), None)
+            y = number(at(value, "value") if isinstance(value, Mapping) else value)
             x = number(epoch.get("epoch"))
             if y is not None:
                 points.append((float(place if x is None else x), float(y)))
-        if len(points) > 1 and not (key == "lr" and len({y for _, y in points}) == 1):
+        if len(points) > 1 and not (label == "learning rate" and len({y for _, y in points}) == 1):
             found.append(Curve(label, of, _thinned(points)))
     return tuple(found)
 
@@ -203,4 +215,21 @@ def _per_layer(details: Any) -> tuple[PerLayer, ...]:
         span = low if low == high else f"{low} to {high}"
         text = f"{span} over {units.plural(len(values), 'layer')}"
         found.append(PerLayer(key, text, tuple((name, show(n)) for name, n in values)))
-    return tuple(found)
+    return tuple(found + _codebooks(at(details, "codebooks")))
+
+
+def _codebooks(given: Any) -> list[PerLayer]:
+    """Shared codebooks: bits and distinct values of each."""
+    entries, widths = [], []
+    for name, book in _items(given):
+        bits, symbols = number(at(book, "bits")), number(at(book, "symbols"))
+        if bits is None:
+            continue
+        widths.append(bits)
+        values = "" if symbols is None else f", {units.plural(int(symbols), 'value')}"
+        entries.append((units.printable(name), f"{units.plural(int(bits), 'bit')}{values}"))
+    if not entries:
+        return []
+    low, high = units.plural(int(min(widths)), "bit"), units.plural(int(max(widths)), "bit")
+    span = low if low == high else f"{low} to {high}"
+    return [PerLayer("codebooks", f"{span} in {units.plural(len(entries), 'codebook')}", tuple(entries))]

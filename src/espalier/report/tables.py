@@ -60,7 +60,7 @@ def share_rows(found: Budget, top: int) -> Markup | None:
                 el("td", el("span", share.name, class_="name"), el("span", words, class_="note") if words else None),
                 el("td", bar, class_="bar-cell"),
                 el("td", f"{share.total:,} B", class_="n"),
-                el("td", units.percent(share.total / found.total) if found.total else "", class_="n"),
+                el("td", units.percent(share.total / found.total), class_="n"),
             )
         )
     heads = (("tensor", None), ("", None), ("bytes", "n"), ("of the file", "n"))

@@ -35,10 +35,10 @@ def tries(given: Any, unit: str, file: int | None) -> tuple[Try, ...]:
         found.append(
             Try(
                 number=place,
-                strength="" if strength is None else units.significant(strength, 4),
+                strength="" if strength is None else f"{strength:.4g}",
                 bytes=size,
                 metric=number(item.get("metric")),
-                drop="" if drop is None else units.value(drop, "points" if unit == "%" else unit),
+                drop="" if drop is None else units.drop(drop, unit),
                 seconds=number(item.get("seconds")),
                 kept=kept,
                 final=kept and size is not None and size == file,

@@ -90,6 +90,12 @@ def _points(unit: str) -> str:
     return " points" if unit == "%" else f" {unit}" if unit else ""
 
 
+def drop(number: float, unit: str) -> str:
+    """How much worse, in the metric's unit: ``0.04 points`` where that is percent."""
+    places = places_of(number, unit)
+    return f"{_fixed(number, places)}{_points(unit)}"
+
+
 def places_of(number: float, unit: str) -> int:
     """Decimals of a metric: two in percent, else four significant digits."""
     if unit == "%" or number == 0:

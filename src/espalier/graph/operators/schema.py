@@ -64,6 +64,10 @@ class Parameter:
         """The allowed words of a ``{a,b}`` kind."""
         return tuple(self.kind[1:-1].split(",")) if self.kind.startswith("{") else ()
 
+    def is_default(self, value: Arg) -> bool:
+        """Whether ``value`` need not be said."""
+        return not self.required and type(value) is type(self.default) and value == self.default
+
 
 @dataclass(frozen=True, kw_only=True)
 class Operator:

@@ -1,0 +1,206 @@
+"""Representations -> the bytes of one .espalier file. Same input, same bytes: no clock, host or path inside."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from espalier.core.errors import Corrupt, RunError, UsageError, did_you_mean
+from espalier.core.representation import Affine, Codebook, Dense, Masked, Representation
+from espalier.encode.bits import deflate
+from espalier.encode.coder import Coder, Hint
+from espalier.encode.coders import resolve, smallest
+from espalier.encode.header import Header, PartEntry, PoolEntry, TensorEntry, pack_header
+from espalier.encode.info import FileInfo, describe
+from espalier.encode.read_header import parse
+
+Array = NDArray[Any]
+Floats = Literal["fp32", "fp16"]
+POOLED = 4096  # elements of the largest part that shares a blob with its like
+
+
+def narrowed(representation: Representation) -> Representation:
+    """The same tensor with float32 values, centroids and scales as float16, where that keeps them finite."""
+    if isinstance(representation, Masked):
+        return replace(representation, inner=narrowed(representation.inner))
+    if isinstance(representation, Dense) and representation.stored == "float32":
+        return representation.narrowed("float16")
+    if isinstance(representation, Codebook):
+        return replace(representation, centroids=_half(representation.centroids))
+    if isinstance(representation, Affine):
+        return replace(representation, scale=_half(representation.scale))
+    return representation
+
+
+def _half(values: Array) -> Array:
+    if values.dtype != np.float32:
+        return values
+    with np.errstate(over="ignore", under="ignore"):
+        found = values.astype(np.float16)
+    same = np.array_equal(np.isfinite(found), np.isfinite(values)) and np.array_equal(found == 0, values == 0)
+    return found if same else values
+
+
+def hint_of(representation: Representation, part: str) -> Hint | None:
+    """What the codes of integer part ``part`` mean, where its representation says so."""
+    if part.startswith("inner.") and isinstance(representation, Masked):
+        return hint_of(representation.inner, part.removeprefix("inner."))
+    if part == "mask":
+        return Hint(0)
+    if part == "codes" and isinstance(representation, Affine) and representation.zero_point.ndim == 0:
+        return Hint(int(representation.zero_point))
+    if part == "indices" and isinstance(representation, Codebook):
+        centroids = representation.centroids
+        if np.isfinite(centroids).all() and (np.diff(centroids) >= 0).all():
+            return Hint(int(np.searchsorted(centroids, 0)))
+        if representation.has_zero and np.isfinite(centroids).all() and (np.diff(centroids[1:]) >= 0).all():
+            return Hint(0, negatives=int((centroids[1:] < 0).sum()))
+    return None
+
+
+def checksum(stored: bytes, decoded: bytes, start: int = 0) -> int:
+    """CRC-32 over the stored, then the decoded bytes, continuing ``start``."""
+    return zlib.crc32(decoded, zlib.crc32(stored, start))
+
+
+def canonical_bytes(values: Array) -> bytes:
+    """The decoded bytes a checksum runs over: C order, little-endian."""
+    return np.ascontiguousarray(values).astype(values.dtype.newbyteorder("<"), copy=False).tobytes()
+
+
+class _Builder:
+    """Collects blobs and their checksums in file order."""
+
+    def __init__(self, coders: tuple[Coder, ...]) -> None:
+        self.coders = coders
+        self.blobs: list[bytes] = []
+        self.checksums: list[int] = []
+        self.pools: dict[tuple[str, str], list[Array]] = {}
+
+    def tensor(self, name: str, representation: Representation) -> TensorEntry:
+        meta, parts = representation.state()
+        entries, crc, owns = [], 0, False
+        for part, values in parts.items():
+            entry = PartEntry(part, values.dtype.name, values.shape)
+            small = values.size <= POOLED and entry.pool[1] not in ("mask", "indices", "codes")
+            if small or values.size == 0:
+                if values.size:
+                    self.pools.setdefault(entry.pool, []).append(values)
+            else:
+                coder, blob = smallest(values, self.coders, hint_of(representation, part))
+                crc, owns = checksum(blob, canonical_bytes(values), crc), True
+                self.blobs.append(blob)
+                entry = replace(entry, coder=coder, size=len(blob))
+            entries.append(entry)
+        if owns:
+            self.checksums.append(crc)
+        return TensorEntry(name, representation.kind, representation.shape, tuple(entries), representation.dtype, meta)
+
+    def pooled(self) -> tuple[PoolEntry, ...]:
+        found = []
+        for (dtype, name), arrays in self.pools.items():
+            values = np.concatenate([array.ravel() for array in arrays])
+            coder, blob = smallest(values, self.coders)
+            self.blobs.append(blob)
+            self.checksums.append(checksum(blob, canonical_bytes(values)))
+            found.append(PoolEntry(dtype, name, coder, len(blob)))
+        return tuple(found)
+
+    def opaque(self, data: bytes | None) -> tuple[int, int] | None:
+        if not data:
+            return None
+        stored = min(data, deflate(data), key=len)
+        self.blobs.append(stored)
+        self.checksums.append(checksum(stored, data))
+        return len(data), len(stored)
+
+
+def _plans_text(plans: Sequence[Any]) -> bytes:
+    try:
+        return (
+            json.dumps(list(plans), separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+            if plans
+            else b""
+        )
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"plans must be plain JSON (no NaN): {error}") from error
+
+
+def build(
+    tensors: Mapping[str, Representation],
+    *,
+    aliases: Mapping[str, str] | None = None,
+    graph: bytes | None = None,
+    plans: Sequence[Any] = (),
+    model: str = "",
+    coders: Iterable[str | Coder] = ("adaptive", "rans", "huffman"),
+    floats: Floats = "fp32",
+) -> tuple[bytes, FileInfo]:
+    """``(file, account)``. ``tensors`` in the order they get in the file; ``aliases``: tied name -> name of a tensor;
+    ``graph``: opaque bytes; ``plans``: a JSON list; ``floats``: precision of values, centroids and scales.
+
+    Raises ``UsageError`` for names, aliases, plans or meta that a file cannot hold.
+    """
+    if floats not in ("fp32", "fp16"):
+        raise UsageError(f"floats={floats!r}.{did_you_mean(str(floats), ('fp32', 'fp16'))}")
+    if floats == "fp16":
+        tensors = {name: narrowed(representation) for name, representation in tensors.items()}
+    builder = _Builder(resolve(coders))
+    entries = tuple(builder.tensor(name, representation) for name, representation in tensors.items())
+    pools = builder.pooled()
+    header = Header(
+        model, entries, pools, dict(aliases or {}), builder.opaque(graph), builder.opaque(_plans_text(plans))
+    )
+    try:
+        parse(header.to_json().encode())
+    except (Corrupt, TypeError, ValueError) as error:
+        raise UsageError(f"this cannot be written to a file: {error}") from error
+    head = pack_header(header, builder.checksums)
+    return head + b"".join(builder.blobs), describe(header, len(head) - 32, tensors)
+
+
+def encode(tensors: Mapping[str, Representation], **options: Any) -> bytes:
+    """The bytes of the file; options and errors as :func:`build`."""
+    return build(tensors, **options)[0]
+
+
+def write(path: str | os.PathLike[str], tensors: Mapping[str, Representation], **options: Any) -> FileInfo:
+    """Write the file all or nothing and return where its bytes went; options as :func:`build`.
+
+    Raises ``RunError`` when ``path`` cannot be written (disk full, no such folder); an existing file then stays.
+    """
+    data, info = build(tensors, **options)
+    replace_file(path, data)
+    return info
+
+
+def replace_file(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write ``data`` beside ``path``, flush it to the disk and move it there. Raises ``RunError`` naming ``path``."""
+    target = Path(path)
+    temporary = ""
+    try:
+        handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        Path(temporary).chmod(0o666 & ~umask)
+        Path(temporary).replace(target)
+    except OSError as error:
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
+        raise RunError(
+            f"cannot write {str(target)!r} ({len(data)} bytes): {error.strerror or error}. "
+            "Free space or choose another folder; what was there before is unchanged."
+        ) from error
