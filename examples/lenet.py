@@ -26,37 +26,40 @@ from espalier.core.errors import DataError, UsageError
 from espalier.data import Images, Loader, digits, standard
 
 
-class LeNet300100(nn.Module):
-    """784-300-100-10, ReLU: 266,200 weights (LeCun, Bottou, Bengio, Haffner 1998)."""
+class LeNet300(nn.Module):
+    """784-300-100-10, ReLU: 266,200 weights (LeCun, Bottou, Bengio, Haffner 1998). ``dropout`` after hidden layers."""
 
-    def __init__(self) -> None:
+    def __init__(self, dropout: float = 0.0) -> None:
         super().__init__()
-        self.ip1, self.ip2, self.ip3 = nn.Linear(784, 300), nn.Linear(300, 100), nn.Linear(100, 10)
+        self.fc1, self.fc2, self.fc3 = nn.Linear(784, 300), nn.Linear(300, 100), nn.Linear(100, 10)
+        self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` (N, 1, 28, 28) -> logits (N, 10)."""
-        x = F.relu(self.ip1(x.flatten(1)))
-        logits: Tensor = self.ip3(F.relu(self.ip2(x)))
+        x = self.dropout(F.relu(self.fc1(x.flatten(1))))
+        logits: Tensor = self.fc3(self.dropout(F.relu(self.fc2(x))))
         return logits
 
 
 class LeNet5(nn.Module):
-    """Caffe's LeNet: 20 and 50 maps of 5 x 5, max pooling, 500 units: 430,500 weights."""
+    """Caffe's LeNet: 20 and 50 maps of 5 x 5, max pooling, 500 units: 430,500 weights. ``dropout`` after the units,
+    ``input_dropout`` before them."""
 
-    def __init__(self) -> None:
+    def __init__(self, dropout: float = 0.0, input_dropout: float = 0.0) -> None:
         super().__init__()
         self.conv1, self.conv2 = nn.Conv2d(1, 20, 5), nn.Conv2d(20, 50, 5)
-        self.ip1, self.ip2 = nn.Linear(800, 500), nn.Linear(500, 10)
+        self.fc1, self.fc2 = nn.Linear(800, 500), nn.Linear(500, 10)
+        self.dropout, self.input_dropout = nn.Dropout(dropout), nn.Dropout(input_dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` (N, 1, 28, 28) -> logits (N, 10)."""
         x = F.max_pool2d(self.conv1(x), 2)
         x = F.max_pool2d(self.conv2(x), 2)
-        logits: Tensor = self.ip2(F.relu(self.ip1(x.flatten(1))))
+        logits: Tensor = self.fc2(self.dropout(F.relu(self.fc1(self.input_dropout(x.flatten(1))))))
         return logits
 
 
-NETWORKS: dict[str, type[nn.Module]] = {"300-100": LeNet300100, "5": LeNet5}
+NETWORKS: dict[str, type[nn.Module]] = {"300-100": LeNet300, "5": LeNet5}
 
 
 def padded_digits(batch_size: int) -> es.Task:
@@ -88,6 +91,7 @@ def trained(net: str, epochs: int, folder: Path) -> nn.Module:
         raise UsageError(f"no LeNet is called {net!r}; there is {' and '.join(NETWORKS)}.")
     name, task = data()
     path = folder / f"lenet-{net}-{name}-{epochs}.safetensors"
+    model: nn.Module
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = NETWORKS[net]()

@@ -103,7 +103,7 @@ class TwoInputs(nn.Module):
         self.register_buffer("position", torch.randn(4), persistent=False)
         self.act = nn.ReLU(inplace=True)
 
-    def forward(self, x, flag=True, y=None):  # noqa: FBT002
+    def forward(self, x, flag=True, y=None):
         h = torch.cat([self.token.expand(x.size(0), -1, -1), x.reshape(x.size(0), -1, 4)], 1)
         h = self.act(self.fc(h))
         h += x.mean()
@@ -149,7 +149,7 @@ class Dicts(nn.Module):
 class Shared(nn.Module):
     """One layer used twice, a residual sum, a concatenation, a named tuple."""
 
-    result = namedtuple("result", "first second")  # noqa: PYI024
+    result = namedtuple("result", "first second")
 
     def __init__(self):
         super().__init__()
@@ -172,6 +172,7 @@ class Convolutions(nn.Module):
         self.norm, self.instance, self.act = nn.GroupNorm(2, 6), nn.InstanceNorm2d(6, affine=True), nn.PReLU()
         self.line, self.cube = nn.Conv1d(6, 3, 3), nn.Conv3d(1, 2, 3, padding=1)
         self.layer, self.drop = nn.LayerNorm(10), nn.Dropout2d(0.5)
+        self.overlap, self.average = nn.MaxPool2d(3, 2, 1), nn.AvgPool2d(2, 1, ceil_mode=True, count_include_pad=False)
 
     def forward(self, x):
         h = self.act(self.instance(self.norm(self.up(self.same(self.depth(x))))))
@@ -179,7 +180,7 @@ class Convolutions(nn.Module):
         h = torch.cat([torch.relu(a), b], 1)
         h[:, 1:2] = h[:, :1]
         line = self.line(h.flatten(2)[:, :, :12])
-        return self.layer(line), self.cube(h[:, None]).mean((2, 3, 4)), self.drop(h)
+        return self.layer(line), self.cube(h[:, None]).mean((2, 3, 4)), self.drop(self.average(self.overlap(h)))
 
 
 class Recurrent(nn.Module):

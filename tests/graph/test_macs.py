@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.graph.networks import Attention, LeNet5, LeNet300, Recurrent, ResNet, SqueezeNet
 from torch import nn
 
 from espalier.graph import macs, trace
-from tests.graph.networks import Attention, LeNet5, LeNet300, Recurrent, ResNet, SqueezeNet
 
 
 @pytest.mark.parametrize(

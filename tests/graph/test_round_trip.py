@@ -120,6 +120,31 @@ def test_attention_and_recurrence_keep_their_dropout_in_train_mode():
         assert not torch.equal(runner(x), runner(x))
 
 
+def test_fused_attention_keeps_its_dropout_also_when_traced_again():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2, 0.5, batch_first=True)
+
+        def forward(self, x):
+            return self.attention(x, x, x, need_weights=False)[0]
+
+    model, x = Net().eval(), torch.randn(3, 5, 8)
+    runner = runner_of(model, trace(model, (x,)))
+    for network in (runner, runner_of(runner, trace(runner, (x,)))):
+        assert_same(network.eval()(x), model(x))
+        assert not torch.equal(network.train()(x), network(x))
+
+
+def test_batch_norm_without_a_module_of_its_own_still_follows_the_mode():
+    model = nn.BatchNorm1d(3)
+    x = torch.randn(6, 3)
+    runner = Runner(trace(model, (x,)), model.state_dict())
+    assert torch.equal(runner(x), model(x))
+    assert torch.equal(runner.running_var, model.running_var)
+    assert torch.equal(runner.eval()(x), model.eval()(x))
+
+
 def test_layers_are_real_torch_modules():
     model = ResNet(1).eval()
     runner = runner_of(model, trace(model, (torch.randn(2, 3, 32, 32),)))

@@ -1,16 +1,17 @@
 from __future__ import annotations
 
 import copy
+import threading
 
 import pytest
 import torch
+from tests.graph.networks import ZOO, Block, LeNet5, ResNet, TwoInputs
+from tests.graph.support import assert_same, runner_of
 from torch import nn
 from torch.nn import functional as F
 
 from espalier.core.errors import ModelError
 from espalier.graph import Graph, infer, trace
-from tests.graph.networks import ZOO, Block, LeNet5, ResNet, TwoInputs
-from tests.graph.support import assert_same, runner_of
 
 
 class Function(nn.Module):
@@ -165,7 +166,7 @@ def test_an_unused_unsupported_operator_does_no_harm():
 
 def test_uncopyable_models_say_why():
     model = nn.Linear(2, 2)
-    model.cache = model.weight * 2
+    model.lock = threading.Lock()
     with pytest.raises(ModelError, match="cannot be copied"):
         trace(model, (torch.randn(2, 2),))
 

@@ -2,15 +2,17 @@ from __future__ import annotations
 
 import math
 import re
+from io import StringIO
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
-from espalier.report.budget import Share, largest
+from espalier.report.budget import Budget, Share, largest
 from espalier.report.charts import curve, linear_ticks, log_ticks, scatter, stacked
 from espalier.report.steps import Curve
-from espalier.report.terminal import bar
+from espalier.report.terminal import _budget, bar
 from espalier.report.tries import tries
 
 PARTS = st.lists(st.tuples(st.sampled_from(["values", "positions", "graph", "new"]), st.integers(1, 10**9)), max_size=6)
@@ -23,9 +25,21 @@ def test_a_stacked_bar_is_as_long_as_its_bytes(parts, more) -> None:
     drawn = stacked(tuple(parts), total + more, "x")
     widths = [float(w) for w in re.findall(r' width="([\d.]+)"', drawn)]
     assert len(widths) == len(parts)
+    starts = [float(x) for x in re.findall(r' x="([\d.]+)"', drawn)]
+    assert starts == [pytest.approx(sum(widths[:k]), abs=0.1) for k in range(len(parts))]
     if total:
         assert sum(widths) == pytest.approx(1000 * total / (total + more), abs=0.01 * len(parts) + 0.01)
         assert len(bar(tuple(parts), total)) == 28
+
+
+def test_the_rest_in_one_row_does_not_set_the_scale() -> None:
+    shares = tuple(Share(f"t{k}", "", "", (("values", 100),), 100) for k in range(100))
+    out = StringIO()
+    Console(file=out, width=120).print(_budget(Budget(10_000, (("values", 10_000),), shares, 0)))
+    lines = out.getvalue().splitlines()
+    assert [line.count("v") for line in lines if line.startswith("t") and "100 B" in line] == [28] * 12
+    assert "88 smaller tensors" in lines[-1]
+    assert "8,800 B" in lines[-1]
 
 
 def test_kinds_not_known_here_share_a_class() -> None:

@@ -119,20 +119,25 @@ def test_bytes_that_are_not_itemised_are_said(record) -> None:
     assert summarise(record).budget.total == 17_900
 
 
-def test_the_account_the_file_reader_gives(record) -> None:
-    """``encode.info``: columns beside their sum, one coder per part."""
-    row = {"name": "w", "shape": [2, 3], "dtype": "float32", "kind": "codebook", "bytes": 60, "values": 30,
-           "positions": 20, "codebooks": 10, "floats": 0,
-           "coders": {"indices": "adaptive", "centroids": "planes"}}  # fmt: skip
+def test_layers_are_shown_as_far_as_they_are_known(record) -> None:
+    """A file's own account says neither parameters nor zeros: the shape gives the first, nothing the second."""
+    row = {
+        "name": "w",
+        "shape": [2, 3],
+        "kind": "codebook",
+        "coder": "adaptive, planes",
+        "bytes": {"values": 50, "new": 10},
+    }
     record["files"]["model.espalier"]["info"] = {
-        "bytes": 200, "prefix": 32, "header": 40, "graph": 50, "plans": 18, "tensors": [row],
-    }  # fmt: skip
+        "total": 200,
+        "prefix": 32,
+        "header": 40,
+        "plans": 68,
+        "tensors": [row],
+    }
     record["layers"] = [row]
     info = summarise(record)
-    assert info.budget.parts == (
-        ("values", 30), ("positions", 20), ("codebooks", 10), ("graph", 50), ("plans", 18), ("header", 72),
-    )  # fmt: skip
-    assert (info.budget.total, info.budget.unexplained) == (200, 0)
+    assert info.budget.parts == (("values", 50), ("plans", 68), ("header", 72), ("new", 10))
     layer = info.layers[0]
     assert (layer.parameters, layer.nonzero, layer.bytes, layer.bits_per_weight) == (6, None, 60, 80)
     assert layer.coding == "codebook, adaptive, planes"
@@ -157,9 +162,25 @@ def test_the_steps(record) -> None:
     ]
     assert tuned.deltas[2].change == "+0.24 points"
     assert pruned.deltas[0].before == ""  # the file before the step was not measured
-    assert pruned.fields == (("sparsity", "0.92"), ("scope", "global"), ("schedule", '{"cubic": {}}'), ("epochs", "20"))
+    assert pruned.fields == (("sparsity", "0.92"), ("scope", "global"), ("schedule", "cubic"), ("epochs", "20"))
     assert pruned.per_layer[0].range == "62.0 % to 93.1 % over 3 layers"
     assert shared.per_layer[0].range == "5 bits over 3 layers"
+
+
+def test_fields_are_written_as_a_person_would(record) -> None:
+    record["steps"][1]["fields"] = {
+        "optimizer": {"adamw": {"betas": [0.9, 0.999], "decay": 0.01}}, "bits": {"conv*": 8, "*": 5}, "clip": None,
+        "penalties": [], "densify": False, "sparsity": 0.9570508193979557, "layers": ["*"], "seed": 0,
+    }  # fmt: skip
+    assert summarise(record).steps[1].fields == (
+        ("optimizer", "adamw(betas [0.9, 0.999], decay 0.01)"), ("bits", "conv*: 8, *: 5"), ("densify", "false"),
+        ("sparsity", "0.957051"), ("layers", "[*]"), ("seed", "0"),
+    )  # fmt: skip
+
+
+def test_a_change_too_small_for_its_digits_is_slight(record) -> None:
+    record["steps"][3]["before"]["bytes"], record["steps"][3]["after"]["bytes"] = 3270, 3262
+    assert summarise(record).steps[3].deltas[0].change == "slightly smaller"
 
 
 def test_a_drop_within_a_standard_error_is_no_loss(record) -> None:
@@ -208,10 +229,10 @@ def test_what_was_left_alone_is_grouped_by_reason(record) -> None:
 
 
 def test_warnings_and_notes_of_steps_and_of_writing(record) -> None:
-    record["warnings"], record["notes"], record["floats"] = ["no graph"], ["floats kept"], "fp16"
+    record["warnings"], record["notes"] = ["no graph"], ["floats kept"]
     info = summarise(record)
     assert [note.step for note in info.warnings] == ["01-deep-compression/02-kmeans", "file"]
-    assert info.notes == ("Floats are stored as fp16.", "floats kept")
+    assert info.notes == ("floats kept",)
 
 
 def test_the_tries(record) -> None:

@@ -131,10 +131,10 @@ def test_every_epoch_begins_at_its_own_seed() -> None:
         fit(small_net(), Context(image_task()), epochs=3, callbacks=[Draws()])
     assert drawn[:3] == drawn[3:]
     assert len(set(drawn[:3])) == 3
-    drawn.clear()
+    del drawn[1:]
     fit(small_net(), Context(image_task()), epochs=1, callbacks=[Draws()], name="other")
     fit(small_net(), Context(image_task(), path="01-step"), epochs=1, callbacks=[Draws()])
-    assert len({*drawn}) == 2
+    assert len({*drawn}) == 3
 
 
 def test_modes_gradients_and_frozen_parameters() -> None:

@@ -177,11 +177,14 @@ def test_pack_round_trip(value: object) -> None:
 
 
 def test_pack_keeps_shared_tensors_once_and_never_mixes_names() -> None:
-    tied = torch.arange(6.0).reshape(2, 3)
+    tied, square = torch.arange(6.0).reshape(2, 3), torch.arange(4.0).reshape(2, 2)
     tensors: dict[str, Tensor] = {}
     value = {"a/b": tied, "a": {"b": tied + 1, "c": tied[:1]}, "t": tied.t(), "again": tied, "none": torch.zeros(0)}
+    value |= {"square": square, "turned": square.t()}
     back = unpack(pack(value, tensors), tensors)
-    assert len(tensors) == 5
+    assert len(tensors) == 7
+    assert torch.equal(back["square"], value["square"])
+    assert torch.equal(back["turned"], value["turned"])
     assert all(torch.equal(back[k], value[k]) for k in ("a/b", "t", "again", "none"))
     assert torch.equal(back["a"]["b"], tied + 1)
     assert torch.equal(back["a"]["c"], tied[:1])

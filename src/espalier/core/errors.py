@@ -103,5 +103,5 @@ def did_you_mean(name: str, allowed: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
     if close:
         return " Did you mean " + " or ".join(repr(n) for n in close) + "?"
-    shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+    shown = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
     return f" Allowed: {shown}." if names else " Nothing is allowed here."

@@ -144,7 +144,8 @@ class Shared(Form):
         return out
 
     def freeze(self, latent: Tensor) -> Representation:
-        table = to_numpy(self.table(latent).float())
+        wide = torch.float64 if latent.dtype == torch.float64 else torch.float32  # holds every narrower value exactly
+        table = to_numpy(self.table(latent).to(wide))
         order = np.argsort(table, kind="stable")
         if self.zero:  # zero stays symbol 0; the others in order of value
             order = np.concatenate([[0], order[order != 0]])
@@ -156,7 +157,7 @@ class Shared(Form):
             shape=tuple(self.index.shape),
             dtype=dtype_name(latent.dtype),
             indices=indices.astype(width),
-            centroids=table[order].astype(np.float32),
+            centroids=table[order],
         )
 
     def spec(self) -> dict[str, Any]:

@@ -170,6 +170,15 @@ def _type_name(annotation: Any) -> str:
     return "None" if annotation is type(None) else getattr(annotation, "__name__", str(annotation))
 
 
+def ranges(annotation: Any) -> Iterator[Range]:
+    """The ranges of the numbers a field of this type may hold itself (not inside a tuple or mapping)."""
+    if get_origin(annotation) is Annotated:
+        yield from (extra for extra in get_args(annotation)[1:] if isinstance(extra, Range))
+    elif get_origin(annotation) in (Union, types.UnionType):
+        for arg in get_args(annotation):
+            yield from ranges(arg)
+
+
 def fits(annotation: Any, value: Any) -> bool:
     """Whether ``value`` has the annotated type (an int passes as float, bool never as a number), ranges included."""
     origin, args = get_origin(annotation), get_args(annotation)
@@ -198,10 +207,13 @@ def fits(annotation: Any, value: Any) -> bool:
 
 
 def _check(field: Field, value: Any) -> list[str]:
+    limits = [field.range] if field.range is not None else list(ranges(field.annotation))
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
+    if number and limits and not any(limit.allows(value) for limit in limits):
+        allowed = " or ".join(f"{limit} {limit.unit}".strip() for limit in limits)
+        return [f"{field.name}={value!r} is out of range (allowed: {allowed})"]
     if not fits(field.annotation, value):
         return [f"{field.name}={value!r} is not of type {field.type_name}"]
-    if field.range is not None and not field.range.allows(value):
-        return [f"{field.name}={value!r} is out of range (allowed: {field.range} {field.range.unit})".replace(" )", ")")]
     return []
 
 

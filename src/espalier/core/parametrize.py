@@ -63,10 +63,18 @@ class Slot:
             return (self.form(self.latent) if self.form is not None else self.latent).detach()
 
 
+def _plain_order(module: nn.Module) -> list[str]:
+    """The parameters' names in the plain module's order, which attaching and baking would otherwise change."""
+    if torch_parametrize.is_parametrized(module):
+        return list(module.parametrizations.plain_order)  # type: ignore[union-attr, arg-type]
+    return list(module._parameters)
+
+
 def _own_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, Form | None]]:
+    found: dict[str, tuple[nn.Parameter, Form | None]] = {}
     for name, parameter in module._parameters.items():
         if parameter is not None:
-            yield name, parameter, None
+            found[name] = parameter, None
     if torch_parametrize.is_parametrized(module):
         for name, chain in module.parametrizations.items():  # type: ignore[union-attr, operator]
             forms = list(chain)
@@ -76,7 +84,10 @@ def _own_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, Form
                     f"({', '.join(type(form).__name__ for form in forms)}). Bake it in first: "
                     "torch.nn.utils.parametrize.remove_parametrizations(module, name)."
                 )
-            yield name, chain.original, forms[0]
+            found[name] = chain.original, forms[0]
+    for name in _plain_order(module):
+        if name in found:
+            yield name, *found[name]
 
 
 def _is_machinery(path: str) -> bool:
@@ -119,7 +130,8 @@ def attach(slot: Slot, form: Form, latent: nn.Parameter | None = None) -> None:
     if slot.form is not None:
         bake(slot)
     (first, attribute), *others = _distinct_owners(slot)
-    for module, _ in (first, attribute), *others:
+    orders = [(module, _plain_order(module)) for module, _ in ((first, attribute), *others)]
+    for module, _ in orders:
         _own_class(module)
     torch_parametrize.register_parametrization(first, attribute, form, unsafe=True)
     chain = first.parametrizations[attribute]  # type: ignore[union-attr, index]
@@ -132,7 +144,8 @@ def attach(slot: Slot, form: Form, latent: nn.Parameter | None = None) -> None:
         chain = module.parametrizations[name]  # type: ignore[union-attr, index]
         chain.original = latent
         chain[0] = form
-    for module, _ in (first, attribute), *others:
+    for module, order in orders:
+        module.parametrizations.plain_order = order  # type: ignore[union-attr]
         if isinstance(module, nn.RNNBase) and _refresh_flat_weights not in module._forward_pre_hooks.values():
             module.register_forward_pre_hook(_refresh_flat_weights)
             module.register_forward_hook(_forget_flat_weights)
@@ -146,11 +159,15 @@ def bake(slot: Slot) -> None:
     value, grad = slot.value().clone(), slot.latent.requires_grad
     parameter = nn.Parameter(value, requires_grad=grad)
     for module, attribute in _distinct_owners(slot):
+        order = _plain_order(module)
         _own_class(module)
         module.parametrizations[attribute].original = nn.Parameter(torch.empty(0))  # type: ignore[union-attr, index]
         module.parametrizations[attribute][0] = nn.Identity()  # type: ignore[union-attr, index]
         torch_parametrize.remove_parametrizations(module, attribute, leave_parametrized=True)
         module._parameters[attribute] = parameter
+        for name in order:
+            if name in module._parameters:
+                module._parameters[name] = module._parameters.pop(name)
         if isinstance(module, nn.RNNBase):
             _refresh_flat_weights(module, ())
             if not torch_parametrize.is_parametrized(module):

@@ -11,12 +11,13 @@ import fnmatch
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_type_hints
 
 import torch
 from torch import nn
 
-from espalier.core.errors import Corrupt, ModelError, UnknownNameError, did_you_mean
+from espalier.core.errors import Corrupt, LimitExceeded, ModelError, UnknownNameError, did_you_mean
+from espalier.core.method import fits
 from espalier.core.parametrize import require_phase, slots
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -33,14 +34,34 @@ SPEC_CLASSES: dict[str, type[nn.Module]] = {
 """What a spec may name beside ``Sequential``."""
 
 
+MAX_ELEMENTS, MAX_DEPTH = 2**31, 64
+"""How many elements the parameters and buffers of one spec may have, and how deep it may nest."""
+
+
 def build(spec: Mapping[str, Any]) -> nn.Module:
-    """The module a spec describes: ``{"class": "Linear", "args": {...}}`` or ``{"class": "Sequential", "children": [...]}``."""
-    name = spec.get("class")
-    if name == "Sequential":
-        return nn.Sequential(*(build(child) for child in spec.get("children", ())))
-    if name not in SPEC_CLASSES:
+    """The module a spec describes: ``{"class": "Linear", "args": {...}}`` or ``{"class": "Sequential", "children": [...]}``.
+
+    Raises ``Corrupt`` for anything else, ``LimitExceeded`` before memory is taken for more than ``MAX_ELEMENTS``.
+    """
+    with torch.device("meta"):
+        outline = _build(spec, MAX_DEPTH)
+    elements = sum(tensor.numel() for tensor in (*outline.parameters(), *outline.buffers()))
+    if elements > MAX_ELEMENTS:
+        raise LimitExceeded(f"a plan builds a module of {elements} elements; at most {MAX_ELEMENTS} are allowed.")
+    return _build(spec, MAX_DEPTH)
+
+
+def _build(spec: Any, depth: int) -> nn.Module:
+    if not isinstance(spec, Mapping) or not depth:
+        raise Corrupt(f"a plan holds no module spec, or one nested deeper than {MAX_DEPTH}: {type(spec).__name__}.")
+    name, children, given = spec.get("class"), spec.get("children", ()), spec.get("args", {})
+    if name == "Sequential" and isinstance(children, (list, tuple)):
+        return nn.Sequential(*(_build(child, depth - 1) for child in children))
+    if not isinstance(name, str) or name not in SPEC_CLASSES:
         raise Corrupt(f"a plan names the module class {name!r}.{did_you_mean(str(name), [*SPEC_CLASSES, 'Sequential'])}")
-    arguments = {key: tuple(v) if isinstance(v, list) else v for key, v in dict(spec.get("args", {})).items()}
+    if not isinstance(given, Mapping) or "device" in given:
+        raise Corrupt(f"a plan builds {name} with {given!r}; arguments are a mapping and name no device.")
+    arguments = {key: tuple(v) if isinstance(v, list) else v for key, v in given.items()}
     try:
         return SPEC_CLASSES[name](**arguments)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -71,7 +92,8 @@ def _module(model: nn.Module, path: str) -> nn.Module:
 
 
 def _set_module(model: nn.Module, path: str, module: nn.Module) -> None:
-    _module(model, path)
+    if _module(model, path) is model:
+        raise ModelError("the plan replaces the whole model; it may replace only modules inside it.")
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, module)
 
@@ -91,9 +113,10 @@ class Keep(Edit):
         path, _, attribute = self.tensor.rpartition(".")
         if found is None:
             owner = _module(model, path)
-            if attribute not in owner._buffers:
+            buffer = owner._buffers.get(attribute)
+            if buffer is None:
                 raise UnknownNameError(f"the plan names {self.tensor!r}.{did_you_mean(self.tensor, slots(model))}")
-            owner._buffers[attribute] = self._take(getattr(owner, attribute))
+            owner._buffers[attribute] = self._take(buffer)
             return
         require_phase(found, ("dense",), "dropping channels from a training form")
         parameter = nn.Parameter(self._take(found.value()), requires_grad=found.latent.requires_grad)
@@ -101,7 +124,8 @@ class Keep(Edit):
             module._parameters[name] = parameter
 
     def _take(self, tensor: torch.Tensor) -> torch.Tensor:
-        if not -tensor.ndim <= self.dim < tensor.ndim or (self.index and max(self.index) >= tensor.shape[self.dim]):
+        allowed = range(tensor.shape[self.dim]) if -tensor.ndim <= self.dim < tensor.ndim else None
+        if allowed is None or not all(index in allowed for index in self.index):
             raise ModelError(f"the plan keeps indices of dimension {self.dim} that {self.tensor} {tuple(tensor.shape)} lacks.")
         return tensor.index_select(self.dim, torch.tensor(self.index, dtype=torch.long)).clone()
 
@@ -148,6 +172,11 @@ class Fold(Edit):
         slot = slots(model).get(f"{self.into}.weight")
         if slot is None or not isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
             raise ModelError(f"{self.into} is no linear or convolution layer; a batch norm cannot be folded into it.")
+        if norm.num_features != slot.shape[0] or len(slot.owners) > 1:
+            raise ModelError(
+                f"{self.norm} ({norm.num_features} channels) cannot be folded into {self.into}: its weight "
+                f"{tuple(slot.shape)} {'is shared: ' + ', '.join(slot.names) if len(slot.owners) > 1 else 'has others'}."
+            )
         require_phase(slot, ("dense", "mask"), f"folding {self.norm}")
         with torch.no_grad():
             scale, shift = scale_and_shift(norm)
@@ -226,6 +255,8 @@ class Tie(Edit):
                 raise UnknownNameError(f"the plan names {name!r}.{did_you_mean(name, known)}")
         if known[self.tensor].shape != known[self.to].shape:
             raise ModelError(f"{self.tensor} and {self.to} differ in shape and cannot be tied.")
+        for name in (self.tensor, self.to):
+            require_phase(known[name], ("dense",), "tying")
         for _, module, attribute in known[self.tensor].owners:
             module._parameters[attribute] = known[self.to].latent
 
@@ -242,9 +273,13 @@ class SetAttribute(Edit):
     def apply(self, model: nn.Module) -> None:
         """Set; the attribute must be there already and hold plain data of the same type."""
         module = _module(model, self.path)
-        if not isinstance(module.__dict__.get(self.name), (int, float, str, tuple, list)):
+        now = module.__dict__.get(self.name)
+        if not isinstance(now, (int, float, str, tuple, list)):
             raise UnknownNameError(f"{self.path} has no plain attribute {self.name!r} that a plan may set.")
-        setattr(module, self.name, type(module.__dict__[self.name])(self.value))
+        value = type(now)(self.value) if isinstance(now, (tuple, list)) and isinstance(self.value, (tuple, list)) else self.value
+        if type(value) is not type(now):
+            raise ModelError(f"the plan sets {self.path}.{self.name} to {value!r}; it holds a {type(now).__name__}.")
+        setattr(module, self.name, value)
 
 
 EDITS: dict[str, type[Edit]] = {cls.kind: cls for cls in (Keep, Replace, Remove, Fold, Normalise, Tie, SetAttribute)}
@@ -281,7 +316,8 @@ class Plan:
         for item in data:
             given = {key: tuple(v) if isinstance(v, list) else v for key, v in item.items() if key != "edit"}
             edit = EDITS.get(str(item.get("edit")))
-            if edit is None or set(given) != {f.name for f in dataclasses.fields(edit)}:
+            hints = {f.name: get_type_hints(edit)[f.name] for f in dataclasses.fields(edit)} if edit is not None else {}
+            if edit is None or set(given) != set(hints) or not all(fits(hints[name], v) for name, v in given.items()):
                 raise Corrupt(f"a plan holds the edit {dict(item)!r}; allowed kinds: {', '.join(EDITS)}, with all their fields.")
             edits.append(edit(**given))
         return cls(tuple(edits))

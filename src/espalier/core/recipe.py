@@ -74,14 +74,15 @@ class Recipe(Technique):
         unknown = [key for key in data if key not in ("steps", "file")]
         if unknown:
             raise UsageError(f"a recipe has no part {unknown[0]!r}.{did_you_mean(str(unknown[0]), ['steps', 'file'])}")
-        options = dict(data.get("file") or {})
+        options = data.get("file") or {}
+        if not isinstance(options, Mapping):
+            raise UsageError(f"file takes named options; got {options!r}.")
         names = [option.name for option in dataclasses.fields(FileOptions)]
         for key in options:
             if key not in names:
                 raise UsageError(f"file has no option {key!r}.{did_you_mean(str(key), names)}")
-        if "coders" in options:
-            options["coders"] = tuple(options["coders"])
-        return cls(steps=tuple(step_from_data(step) for step in data.get("steps", [])), file=FileOptions(**options))
+        file = FileOptions(**{name: tuple(v) if isinstance(v, list) else v for name, v in options.items()})
+        return cls(steps=tuple(step_from_data(step) for step in data.get("steps", [])), file=file)
 
     def to_yaml(self) -> str:
         """The recipe as YAML with every field written out; ``from_yaml`` gives an equal recipe back."""
@@ -147,9 +148,11 @@ def _resolve(annotation: Any, value: Any) -> Any:
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Annotated:
         return _resolve(args[0], value)
-    if origin is tuple and isinstance(value, list):
+    if origin is tuple:
+        if not isinstance(value, list):
+            return value
         inner = args[:1] * len(value) if len(args) == 2 and args[1] is Ellipsis else args
-        return tuple(_resolve(a, v) for a, v in zip(inner, value, strict=False)) if inner else tuple(value)
+        return tuple(map(_resolve, inner, value)) if len(inner) == len(value) else tuple(value)
     if annotation is float and isinstance(value, str):
         return _number(value)  # YAML 1.1 reads 1e-4 as a word
     if isinstance(annotation, type) and issubclass(annotation, Method):

@@ -19,7 +19,8 @@ def register(verb: str, classes: tuple[type[Method], ...]) -> tuple[type[Method]
     table = _METHODS.setdefault(verb, {})
     for cls in classes:
         where = f"{cls.__name__} in {inspect.getsourcefile(cls)}"
-        if not dataclasses.is_dataclass(cls) or not cls.__dataclass_params__.frozen:  # type: ignore[attr-defined]
+        parameters = vars(cls).get("__dataclass_params__")  # its own: a parent's would hide its fields
+        if parameters is None or not parameters.frozen:
             raise UsageError(f"{where} must be a frozen dataclass.")
         if not cls.id or not cls.kind:
             raise UsageError(f"{where} needs the class attributes id and kind; got id={cls.id!r}, kind={cls.kind!r}.")

@@ -51,7 +51,7 @@ def bfloat16_to_float32(bits: Array) -> Array:
 
 def float32_to_bfloat16(values: Array) -> Array:
     """float32 values as bfloat16 bit patterns (uint16), rounded to nearest even; NaN stays NaN."""
-    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    bits = np.asarray(values, dtype=np.float32).view(np.uint32)
     rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
     return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
 
@@ -201,6 +201,8 @@ class Masked(Representation):
             _refuse(f"mask {mask.shape} {mask.dtype} for shape {shape}")
         inner_meta = dict(meta["inner"])
         kind = inner_meta.pop("kind")
+        if kind == cls.kind:
+            _refuse("a mask inside a mask")
         inner_parts = {name.removeprefix("inner."): part for name, part in parts.items() if name != "mask"}
         inner = from_state(kind, (int(mask.sum()),), dtype, inner_meta, inner_parts)
         return cls(shape=shape, dtype=dtype, mask=mask, inner=inner)

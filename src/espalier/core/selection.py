@@ -108,6 +108,8 @@ def _matching(everything: Selection, pattern: str) -> list[Slot]:
 
 
 def _hint(pattern: str, everything: Selection) -> str:
+    if pattern.startswith("#"):
+        return f" There are {everything.count} weights: #0 is the first, #-1 the last."
     if pattern.startswith("type:"):
         return did_you_mean(pattern, {f"type:{type(slot.module).__name__.removeprefix('Parametrized')}" for slot in everything})
     return did_you_mean(pattern, [name for slot in everything for name in (*slot.names, slot.path)])

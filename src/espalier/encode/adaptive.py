@@ -61,6 +61,12 @@ def tables() -> dict[str, tuple[int, ...]]:
     }
 
 
+@cache
+def _constants(*, as_arrays: bool) -> tuple[Any, ...]:
+    found = (tables()[name] for name in ("stretch", "squash", "rate", "level", "bucket"))
+    return tuple(np.array(table, dtype=np.int64) for table in found) if as_arrays else tuple(map(list, found))
+
+
 def transcode_plane(
     plane: NDArray[np.int64],
     data: bytes | None,
@@ -76,33 +82,28 @@ def transcode_plane(
     ``prior`` 0..255: the expected density of non-zeros in 1/256. Raises ``Corrupt`` for damaged ``data``.
     """
     rows, cols = plane.shape
-    if data is not None and plane.size > (len(data) + 64) * MOST_PER_BYTE:
-        raise Corrupt(f"an adaptive stream of {len(data)} bytes cannot hold {plane.size} symbols")
-    code, array, machine = kernel(plane.size, compiled=compiled)
+    code, full, machine = kernel(plane.size, compiled=compiled)
     top = max(alphabet.zero, alphabet.last - alphabet.zero)
-    constants = {name: array(table) for name, table in tables().items()}
-    grade = array(min(7, size.bit_length()) for size in range(top + 1))
-    room = 64 + plane.size * (2 + top.bit_length()) // 6
+    grade = [min(7, size.bit_length()) for size in range(top + 1)]
     symbols: Any = plane.ravel() if machine else plane.ravel().tolist()
-    while True:
-        prob = [32768] * (COLUMNS + 2 * cols)
-        first = 256 * prior + 128
-        prob[ORDER0], prob[DENSE:BY_COLUMN] = first, [first] * (BY_COLUMN - DENSE)
-        prob[COLUMNS : COLUMNS + cols] = [first] * cols
+    room = 64 + plane.size * (2 + top.bit_length()) // 6
+    first = 256 * prior + 128
+    at = -1
+    while at == -1:
+        prob = full(COLUMNS + 2 * cols, 32768)
+        prob[ORDER0], prob[DENSE:BY_COLUMN] = first, full(BY_COLUMN - DENSE, first)
+        prob[COLUMNS : COLUMNS + cols] = full(cols, first)
         padded = bytearray(room) if data is None else bytearray(data) + bytes(5)
-        stream: Any = np.frombuffer(padded, dtype=np.uint8) if machine else padded
         at = code(
-            data is not None, symbols, stream, rows, cols, alphabet.zero, alphabet.last,
-            max(0, top - 1).bit_length(), stride, mixing,
-            array(prob), array([0] * len(prob)), array([17000] * (INPUTS * MIX_SETS)),
-            array([0] * (cols + stride + 2)), array([0] * (cols + stride + 2)), array([0] * cols), array([0] * cols),
-            constants["stretch"], constants["squash"], constants["rate"], constants["level"], grade,
-            constants["bucket"],
+            data is not None, symbols, np.frombuffer(padded, dtype=np.uint8) if machine else padded, rows, cols,
+            alphabet.zero, alphabet.last, max(0, top - 1).bit_length(), stride, mixing,
+            prob, full(len(prob), 0), full(INPUTS * MIX_SETS, 17000), full(cols + stride + 2, 0),
+            full(cols + stride + 2, 0), full(cols, 0), full(cols, 0), np.array(grade) if machine else grade,
+            *_constants(as_arrays=machine),
         )  # fmt: skip
-        if data is None and at == -1:
-            room *= 2
-            continue
-        break
+        if data is not None:
+            break
+        room *= 2
     if data is None:
         keep = at
         while keep > at - 5 and padded[keep - 1] == 0:
@@ -130,10 +131,13 @@ def strides(plane: NDArray[np.int64], zero: int, kernel_row: int) -> list[int]:
     """Distances (2..255) at which a neighbour may tell something: a kernel's row, else 2 and the clearest period."""
     if kernel_row > 2:
         return [min(kernel_row, 255)]
+    if plane.size < 256:
+        return [2]
     flags = plane.ravel()[: 1 << 17] != zero
     together = [int(np.count_nonzero(flags[d:] & flags[:-d])) if d < flags.size else 0 for d in range(2, 66)]
     peaks = [2 * together[i] - together[i - 1] - together[i + 1] for i in range(1, len(together) - 1)]
-    return [2, peaks.index(max(peaks)) + 3]
+    clear = max(peaks) * 3 // 4  # multiples of a period peak as well: take the first
+    return [2, next(i for i, peak in enumerate(peaks) if peak >= clear) + 3]
 
 
 def _chunks(rows: int, cols: int) -> Iterator[slice]:
@@ -186,6 +190,8 @@ class Adaptive(Coder):
         mixing, view = view >= 4, view % 4 if view < 8 else 8
         if view >= len(views(shape)) or stride < 2 or 0 in shape:
             raise Corrupt(f"view {view}, stride {stride} cannot scan a tensor of shape {shape}")
+        if math.prod(shape) > (len(data) + 64) * MOST_PER_BYTE:
+            raise Corrupt(f"an adaptive stream of {len(data)} bytes cannot hold {math.prod(shape)} symbols")
         axes, rows = views(shape)[view]
         plane = np.zeros((rows, math.prod(shape) // rows), dtype=np.int64)
         chunks = list(_chunks(*plane.shape))

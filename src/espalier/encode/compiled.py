@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import cache
 from typing import Any, cast
 
@@ -12,6 +12,8 @@ import numpy as np
 from espalier.encode.context_model import transcode
 
 WORTH = 1 << 18  # symbols that must come by in a process before loading the compiled kernel pays
+
+TINY = 1 << 11  # symbols of a plane that pure Python codes sooner than the compiled kernel takes its arguments
 
 _seen = [0]  # symbols coded so far in this process
 
@@ -34,14 +36,14 @@ def _machine_code() -> Transcode:
         return cast("Transcode", numba.njit(transcode))
 
 
-def kernel(symbols: int, *, compiled: bool | None = None) -> tuple[Transcode, Callable[[Iterable[int]], Any], bool]:
-    """``(transcode, array, compiled)`` for a plane of ``symbols``; ``array`` makes what that kernel indexes.
+def kernel(symbols: int, *, compiled: bool | None = None) -> tuple[Transcode, Callable[[int, int], Any], bool]:
+    """``(transcode, full, compiled)`` for a plane of ``symbols``; ``full(n, x)`` makes what that kernel indexes.
 
     ``compiled`` forces one of the two; by default numba is used where it is installed and pays.
     """
-    _seen.append(_seen.pop() + symbols)
+    _seen[0] += symbols
     if compiled is None:
-        compiled = available() and _seen[0] >= WORTH
+        compiled = available() and symbols >= TINY and _seen[0] >= WORTH
     if compiled:
-        return _machine_code(), lambda values: np.array(list(values), dtype=np.int64), True
-    return transcode, list, False
+        return _machine_code(), lambda count, value: np.full(count, value, dtype=np.int64), True
+    return transcode, lambda count, value: [value] * count, False

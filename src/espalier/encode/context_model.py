@@ -43,19 +43,19 @@ def transcode(  # noqa: PLR0917 - numba compiles positional arguments
     here: Ints,
     mean: Ints,
     count: Ints,
+    grade: Ints,
     stretch: Ints,
     squash: Ints,
     rate: Ints,
     level: Ints,
-    grade: Ints,
     bucket: Ints,
 ) -> int:
     """Code ``rows * cols`` symbols 0..``last`` in value order, ``zero`` being the one for "pruned".
 
     Decoding fills ``symbols`` from ``data`` (5 zero bytes follow the real ones); encoding fills ``data``.
     ``depth``: bits of a magnitude. ``above`` and ``here`` hold two rows of signed values with ``stride`` zeros
-    before and one after; the remaining arrays are the model's state and its constant tables. Returns the bytes consumed or
-    produced, -1 where ``data`` is too short (damaged when decoding, a small buffer when encoding).
+    before and one after; the remaining arrays are the model's state and its constant tables. Returns the bytes
+    consumed or produced, -1 where ``data`` is too short (damaged when decoding, a small buffer when encoding).
     """
     end = len(data)
     column, column_sign, row = COLUMNS, COLUMNS + cols, ROW

@@ -26,6 +26,7 @@ Array = NDArray[Any]
 PLAIN, ROTATED, DIFFERENCES = range(3)  # views
 AS_IS, CONSTANT, DEFLATED, RANS, ADAPTIVE = range(5)  # methods
 _BYTES = np.dtype(np.uint8)
+SMALL = 32  # bytes of the smallest plane that the adaptive coder can be worth its head for
 TRIED = 1 << 16  # bytes of the largest plane the adaptive coder is tried on
 
 
@@ -70,7 +71,7 @@ def encode_plane(plane: NDArray[np.uint8], *, alone: bool) -> bytes:
     squeezed: list[tuple[int, bytes | None]] = [(DEFLATED, deflate(raw))]
     if not alone:
         squeezed.append((RANS, Rans().encode(plane)))
-        squeezed.append((ADAPTIVE, Adaptive().encode(plane) if plane.size <= TRIED else None))
+        squeezed.append((ADAPTIVE, Adaptive().encode(plane) if SMALL <= plane.size <= TRIED else None))
     options += [bytes([method]) + varint(len(blob)) + blob for method, blob in squeezed if blob is not None]
     return min(options, key=len)
 

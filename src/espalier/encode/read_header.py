@@ -163,7 +163,7 @@ def _header(rows: Any) -> Header:
     if len(names) != len(entries):
         _refuse("two tensors have one name")
     for alias, name in aliases.items():
-        if check_name(alias) in names or name not in names:
+        if check_name(alias) in names or not isinstance(name, str) or name not in names:
             _refuse(f"the alias {alias!r} of {str(name)[:80]!r}: a new name for a tensor of the file was due")
     found = tuple(
         PoolEntry(row[0], row[1], row[2], _size(row[3]))

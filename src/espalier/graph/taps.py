@@ -111,9 +111,10 @@ class _Mode(TorchFunctionMode):
     def _pass(self, op: str, result: Any) -> Any:
         """``result`` of ``op`` with every tensor in it watched or replaced."""
         if isinstance(result, Tensor):
-            return self._tensor(f"{self.stack[-1]}/{op}", result)
-        if type(result) in (tuple, list) and any(isinstance(item, Tensor) for item in result):
-            return type(result)(self._pass(op, item) if isinstance(item, Tensor) else item for item in result)
+            return self._tensor(f"{self.stack[-1]}/{op}", result) if result.is_floating_point() else result
+        plain = type(result) in (tuple, list) or type(result).__module__ == "torch.return_types"
+        if plain and any(isinstance(item, Tensor) for item in result):
+            return type(result)([self._pass(op, item) if isinstance(item, Tensor) else item for item in result])
         return result
 
     def _tensor(self, key: str, tensor: Tensor) -> Tensor:

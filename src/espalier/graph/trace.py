@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
+import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -50,10 +51,11 @@ def trace(
             continue
         graph = normalise(program, model, example, names=_parameter_names(twin, len(call)))
         infer(graph)
-        return graph
+        if not graph.dynamic or _holds_at_other_batches(graph, example, batch_dim):
+            return graph
     _check_runs(twin, call, keywords)
     raise ModelError(
-        f"{type(model).__name__} cannot be traced; torch.export says: {reasons[0]} "
+        f"{type(model).__name__} cannot be traced; torch.export says: {(reasons or ['nothing'])[0]} "
         "Change Python control flow that depends on tensor values (.item(), if x.sum() > 0) to torch.where "
         "or masks, or keep the file without its architecture and load it with into=model."
     )
@@ -71,9 +73,22 @@ def _check_runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
         ) from error
 
 
+def _holds_at_other_batches(graph: Graph, example: Sequence[Any], dim: int) -> bool:
+    """Whether the graph also works one sample up: export may leave a size it fixed to a run-time assertion."""
+    size = next(x.shape[dim] for x in example if isinstance(x, Tensor) and x.dim() > dim)
+    try:
+        infer(graph, batch=size + 1)
+    except ModelError:
+        return False
+    return True
+
+
 def structural_copy(model: nn.Module) -> nn.Module:
     """A copy of the modules around the same parameters and buffers, without the user's hooks."""
     tensors: dict[int, Any] = {id(t): t for t in itertools.chain(model.parameters(), model.buffers())}
+    for module in model.modules():  # results of weight norm and the like, which Python cannot copy
+        results = [t for t in vars(module).values() if isinstance(t, Tensor) and not t.is_leaf]
+        tensors |= {id(t): t.detach() for t in results}
     try:
         twin = copy.deepcopy(model, tensors)
     except (RuntimeError, TypeError, AttributeError) as error:
@@ -122,12 +137,15 @@ def _export(
     shapes = _dynamic_shapes(model, args, kwargs, _pytree.tree_unflatten(marks, spec))
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(value=False)  # else attention layers fuse into one opaque operator
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    silent, log.disabled = log.disabled, True  # what fails is said once, by us
     try:
         with torch.no_grad(), warnings.catch_warnings():  # no_grad: a no_grad block inside adds no subgraph
             warnings.simplefilter("ignore")
             program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
     finally:
         torch.backends.mha.set_fastpath_enabled(value=fast)
+        log.disabled = silent
     return program, flat
 
 

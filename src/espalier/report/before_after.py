@@ -108,10 +108,11 @@ def _within_noise(line: Comparison) -> bool:
 
 
 def ratio_words(before: float | None, after: float | None, kind: str) -> str:
-    """``59.6x smaller``, ``1.25x slower``, ``same``."""
+    """``59.6x smaller``, ``1.25x slower``, ``slightly fewer``, ``same``."""
     if not before or not after or before < 0 or after < 0:
         return ""
     if before == after:
         return "same"
     ratio = after / before if kind == "per_second" else before / after
-    return f"{units.times(max(ratio, 1 / ratio))} {_WORDS[kind][ratio < 1]}"
+    times = units.times(max(ratio, 1 / ratio))
+    return f"{'slightly' if times == '1.00x' else times} {_WORDS[kind][ratio < 1]}"

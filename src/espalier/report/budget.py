@@ -10,8 +10,7 @@ from typing import Any
 from espalier.measure.comparison import at, number
 from espalier.report import units
 
-CONTENT = ("values", "positions", "codebooks", "floats")
-KINDS = (*CONTENT, "graph", "plans", "header")
+KINDS = ("values", "positions", "codebooks", "floats", "graph", "plans", "header")
 """What bytes are spent on, in the order in which they are shown; ``header`` includes the file's fixed prefix."""
 
 Parts = tuple[tuple[str, int], ...]
@@ -26,6 +25,7 @@ class Share:
     coding: str
     parts: Parts
     total: int
+    several: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def budget(info: Any) -> Budget | None:
         sums[kind] = sums.get(kind, 0) + sum(whole(at(info, key)) or 0 for key in keys)
     parts = _ordered(sums)
     explained = sum(size for _, size in parts)
-    given = _first(whole(at(info, key)) for key in ("total", "bytes"))
+    given = whole(at(info, "total"))
     total = explained if given is None else given
     if not total:
         return None
@@ -105,9 +105,9 @@ def budget(info: Any) -> Budget | None:
 
 
 def _share(tensor: Mapping[str, Any]) -> Share:
-    sizes = tensor.get("bytes")  # by kind, or their sum with the kinds beside it
-    by_kind = sizes if isinstance(sizes, Mapping) else {kind: tensor.get(kind) for kind in CONTENT}
-    given = {units.printable(kind, 30): size for kind, value in by_kind.items() if (size := whole(value))}
+    sizes = tensor.get("bytes")
+    pairs = sizes.items() if isinstance(sizes, Mapping) else ()
+    given = {units.printable(kind, 30): size for kind, value in pairs if (size := whole(value))}
     parts = _ordered(given)
     return Share(
         units.printable(tensor.get("name", "")),
@@ -119,13 +119,8 @@ def _share(tensor: Mapping[str, Any]) -> Share:
 
 
 def _coding(tensor: Mapping[str, Any]) -> str:
-    coders = tensor.get("coders")
-    words = [tensor.get("kind"), tensor.get("coder"), *(coders.values() if isinstance(coders, Mapping) else ())]
-    return ", ".join(dict.fromkeys(units.printable(word, 60) for word in words if isinstance(word, str) and word))
-
-
-def _first(values: Iterable[int | None]) -> int | None:
-    return next((value for value in values if value is not None), None)
+    words = (tensor.get(key) for key in ("kind", "coder"))
+    return ", ".join(units.printable(word, 60) for word in words if isinstance(word, str) and word)
 
 
 def _ordered(sizes: Mapping[str, int]) -> Parts:
@@ -144,7 +139,7 @@ def largest(shares: Sequence[Share], limit: int) -> list[Share]:
         for kind, size in share.parts:
             sums[kind] = sums.get(kind, 0) + size
     name = f"{len(rest):,} smaller tensors"
-    return [*shares[:limit], Share(name, "", "", _ordered(sums), sum(sums.values()))]
+    return [*shares[:limit], Share(name, "", "", _ordered(sums), sum(sums.values()), several=True)]
 
 
 def layers(given: Any, info: Any) -> tuple[Layer, ...]:
@@ -159,7 +154,7 @@ def layers(given: Any, info: Any) -> tuple[Layer, ...]:
             Layer(
                 name,
                 shape_text(item.get("shape")),
-                _first((whole(item.get("parameters")), elements(item.get("shape")))),
+                elements(item.get("shape")) if (count := whole(item.get("parameters"))) is None else count,
                 whole(item.get("nonzero")),
                 number(item.get("bits")),
                 share.total if size is None and share else size,

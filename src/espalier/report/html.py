@@ -21,6 +21,7 @@ from espalier.report.story import steps_section
 from espalier.report.tables import layer_rows, name_list, share_rows, table, verdict
 
 TOP = 24
+FOLDED_LINES = 40
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
 
@@ -216,6 +217,8 @@ def _settings(info: Info) -> Markup | None:
         return None
     rows: Sequence[Sequence[object]] = [[name, value] for name, value in found.environment]
     recipe = el("pre", el("code", found.recipe)) if found.recipe else None
+    if recipe and found.recipe.count("\n") > FOLDED_LINES:
+        recipe = el("details", el("summary", "Show the recipe"), recipe)
     return section("Settings", recipe, table(["", ""], rows) if rows else None)
 
 

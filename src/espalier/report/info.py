@@ -71,14 +71,8 @@ def summarise(record: Mapping[str, Any]) -> Info:
         tries=tries(at(record, "tries"), unit, file),
         skipped=skipped(done),
         warnings=notes(done) + tuple(Note("file", said) for said in texts(at(record, "warnings"))),
-        notes=_writing(record),
+        notes=texts(at(record, "notes")),
         settings=settings(record),
         metric=name,
         unit=unit,
     )
-
-
-def _writing(record: Mapping[str, Any]) -> tuple[str, ...]:
-    """What is worth knowing about how the files were written."""
-    floats = text(at(record, "floats"))
-    return ((f"Floats are stored as {floats}.",) if floats else ()) + texts(at(record, "notes"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -11,6 +10,7 @@ from typing import Any
 
 from espalier.measure.comparison import at, number
 from espalier.report import units
+from espalier.report.before_after import ratio_words
 from espalier.report.budget import objects
 
 MAX_POINTS = 400
@@ -98,7 +98,7 @@ def _step(item: Mapping[str, Any], metric: str, unit: str, *, higher: bool) -> S
         path=path,
         depth=path.count("/"),
         method=_string(item.get("method")),
-        fields=tuple((units.printable(key, 60), _plain(value)) for key, value in _items(fields)),
+        fields=tuple((units.printable(key, 60), _plain(v)) for key, v in _items(fields) if v not in (None, [], {})),
         seconds=number(item.get("seconds")),
         deltas=_deltas(item.get("before"), item.get("after"), metric, unit, higher=higher),
         skipped=_skipped(path, item.get("skipped")),
@@ -122,14 +122,24 @@ def _items(value: Any) -> list[tuple[str, Any]]:
     return list(value.items()) if isinstance(value, Mapping) else []
 
 
-def _plain(value: Any) -> str:
-    """A field's value in one short line."""
-    if isinstance(value, str):
-        return units.printable(value, 120)
-    try:
-        return units.printable(json.dumps(value, ensure_ascii=False, default=str), 120)
-    except (ValueError, RecursionError):
+def _plain(value: Any, depth: int = 0) -> str:
+    """A field's value in one short line: ``cubic(start 0, end 0.7)`` for a part, ``[a, b]`` for a list."""
+    if depth > 4:
         return "…"
+    if isinstance(value, Mapping):
+        named = list(value.items())[:20]
+        if len(named) == 1 and isinstance(named[0][1], Mapping):
+            inner = ", ".join(
+                f"{units.printable(k, 40)} {_plain(v, depth + 1)}" for k, v in list(named[0][1].items())[:20]
+            )
+            return units.printable(f"{named[0][0]}({inner})" if inner else named[0][0], 160)
+        return units.printable(", ".join(f"{k}: {_plain(v, depth + 1)}" for k, v in named), 160)
+    if isinstance(value, (list, tuple)):
+        return units.printable(f"[{', '.join(_plain(item, depth + 1) for item in value[:20])}]", 160)
+    if isinstance(value, bool) or value is None:
+        return str(value).lower()
+    found = number(value)
+    return units.printable(value if found is None else f"{found:.6g}", 160)
 
 
 def _deltas(before: Any, after: Any, metric: str, unit: str, *, higher: bool) -> tuple[Delta, ...]:
@@ -142,10 +152,7 @@ def _deltas(before: Any, after: Any, metric: str, unit: str, *, higher: bool) ->
         b, a = number(at(before, key)), number(at(after, key))
         if a is None or (key == "parameters" and a == b):
             continue
-        change = ""
-        if b is not None:
-            word = ("smaller", "larger") if key == "bytes" else ("fewer", "more")
-            change = f"{units.times(max(a / b, b / a))} {word[a > b]}" if a > 0 and b > 0 and a != b else "same"
+        change = "same" if a == b else ratio_words(b, a, "bytes" if key == "bytes" else "count")
         better = None if b is None or a == b else a < b
         found.append(Delta(label, "" if b is None else show(b), show(a), change, better))
     b, a = (number(at(side, "metric")) for side in (before, after))

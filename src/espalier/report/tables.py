@@ -48,12 +48,12 @@ def share_rows(found: Budget, top: int) -> Markup | None:
     shares = largest(found.shares, top)
     if not shares:
         return None
-    scale = max(share.total for share in shares)
+    scale = max(share.total for share in shares if not share.several)
     rows = []
     for share in shares:
         words = " · ".join(part for part in (share.shape, share.coding) if part)
         said = ", ".join(f"{kind} {size:,} bytes" for kind, size in share.parts)
-        bar = stacked(share.parts, scale, f"{share.name}: {said}")
+        bar = None if share.several else stacked(share.parts, scale, f"{share.name}: {said}")
         rows.append(
             el(
                 "tr",

@@ -116,7 +116,7 @@ def _steps(steps: Sequence[Step]) -> Table:
 
 def _budget(found: Budget) -> Group:
     shares = largest(found.shares, TOP)
-    scale = max((share.total for share in shares), default=0)
+    scale = max((share.total for share in shares if not share.several), default=0)
     legend = []
     for kind, size in found.parts:
         entry = Text(f"{LETTERS.get(kind, '?')} ", style=COLOURS.get(kind, ""))
@@ -125,7 +125,7 @@ def _budget(found: Budget) -> Group:
         [
             share.name,
             share.coding,
-            bar(share.parts, scale),
+            "" if share.several else bar(share.parts, scale),
             f"{share.total:,} B",
             units.percent(share.total / found.total),
         ]

@@ -60,17 +60,13 @@ def _observed(norms: list[nn.Module]) -> Iterator[dict[nn.Module, _Moments]]:
         moments[norm].add(args[0])
 
     handles = [norm.register_forward_pre_hook(measure) for norm in norms]
-    kept = [(norm, norm.momentum) for norm in norms]
     for norm in norms:
         norm.train()
-        norm.momentum = 0.0  # type: ignore[assignment]
     try:
         yield moments
     finally:
         for handle in handles:
             handle.remove()
-        for norm, momentum in kept:
-            norm.momentum = momentum
 
 
 def reestimate(model: nn.Module, context: Context, batches: int | None = None) -> int:

@@ -73,12 +73,14 @@ class Training(Technique):
         try:
             result = fit(
                 model, context, epochs=self.epochs, loss=loss, callbacks=(*callbacks, *own),
-                optimizer=self.optimizer.build(trainable(model), self.lr), schedule=self.lr_schedule, augment=self.augment,
-                stopping=self.stopping, settled=settled, clip=self.clip, precision=self.precision, name=name,
+                optimizer=self.optimizer.build(trainable(model), self.lr), schedule=self.lr_schedule,
+                augment=self.augment, stopping=self.stopping, settled=settled, clip=self.clip, precision=self.precision,
+                name=name,
             )  # fmt: skip
         finally:
             if self.precision == "bf16":
                 model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        context.record.details.setdefault("history", []).extend(result.history)
         if self.reestimate:
             reestimate(model, context)
         return result

@@ -171,6 +171,7 @@ OPERATORS: tuple[Operator, ...] = (
         "weight:T indices:T padding_idx:i=-1 scale_grad_by_freq:b=False sparse:b=False",
         torch.embedding,
     ),
+    row(19, "weight_norm", "_weight_norm", "v:T g:T dim:i=0", torch._weight_norm),
     row(
         15,
         "lstm",

@@ -119,7 +119,7 @@ _MOVING: tuple[Operator, ...] = (
         torch.transpose,
         rename="axis0=dim0 axis1=dim1",
     ),
-    row(155, "movedim", "movedim.intlist", "self:T source:I destination:I", torch.movedim),
+    row(155, "movedim", "movedim.intlist movedim.int", "self:T source:I destination:I", torch.movedim),
     row(156, "squeeze", "squeeze squeeze.dim squeeze.dims", "self:T dim:I?=None", _squeeze),
     row(157, "unsqueeze", "unsqueeze", "self:T dim:i", torch.unsqueeze),
     row(158, "expand", "expand broadcast_to", "self:T size:N", _expand),

@@ -1,0 +1,27 @@
+"""Results as JSON rows, and what a reader must know about the machine."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores and versions; no host name, no path."""
+    from espalier.runs.run import versions
+
+    return {**versions(), "cores": os.cpu_count()}
+
+
+def save(name: str, rows: list[dict[str, Any]]) -> Path:
+    """Write ``results/NAME.json``: every row gets the date and the machine."""
+    stamp = {"date": datetime.datetime.now(datetime.UTC).date().isoformat(), "machine": machine()}
+    path = RESULTS / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps([{**row, **stamp} for row in rows], indent=1) + "\n")
+    return path

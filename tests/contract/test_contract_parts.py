@@ -1,0 +1,113 @@
+"""Every registered part: it stands as it is, travels in a recipe, runs inside a technique that holds it."""
+
+from __future__ import annotations
+
+import types
+import typing
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import espalier
+import espalier.prune
+import espalier.recipes
+import espalier.share
+import espalier.train
+from espalier.core import registry
+from espalier.core.context import Context
+from espalier.core.errors import EspalierWarning, UnknownNameError
+from espalier.core.fields import Range
+from espalier.core.method import Method, Technique, fields_of, parse_card
+from espalier.core.recipe import Recipe
+from espalier.testing import EXAMPLES, bits, frozen_copy, outputs, shortened
+
+METHODS = list(registry.methods())
+PARTS = [cls for cls in METHODS if not issubclass(cls, Technique)]
+SOURCE = Path(espalier.__file__).parent
+
+
+def named(cls: type[Method]) -> str:
+    return f"{cls.verb}.{cls.id}"
+
+
+def carriers(part: type[Method]) -> Iterator[Technique]:
+    """Every technique with this part in a field that takes it, training where it can."""
+    for cls in METHODS:
+        for field in fields_of(cls) if issubclass(cls, Technique) else ():
+            base = registry.part_type(field)
+            if base is not None and issubclass(part, base):
+                value: Any = (part(),) if typing.get_origin(field.annotation) is tuple else part()
+                training = {"epochs": 1} if "epochs" in {f.name for f in fields_of(cls)} else {}
+                yield typing.cast(Technique, shortened(cls(**{field.name: value}, **training)))
+
+
+def bare_numbers(annotation: Any) -> Iterator[Any]:
+    """Numeric types inside ``annotation`` that carry no range."""
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        if not any(isinstance(extra, Range) for extra in args[1:]):
+            yield from bare_numbers(args[0])
+    elif origin is not typing.Literal and args:
+        for arg in args:
+            yield from bare_numbers(arg)
+    elif annotation in (int, float):
+        yield annotation
+
+
+@pytest.mark.parametrize("cls", METHODS, ids=named)
+def test_runs_as_it_stands_and_is_found(cls: type[Method]) -> None:
+    assert cls() == cls()
+    assert registry.lookup(named(cls)) is cls
+    assert sys_module_is_listed(cls)
+
+
+def sys_module_is_listed(cls: type[Method]) -> bool:
+    """A method is public: its room's ``__init__`` names it."""
+    room = getattr(espalier, cls.__module__.split(".")[1])
+    return cls.__name__ in room.__all__ and getattr(room, cls.__name__) is cls
+
+
+@pytest.mark.parametrize("cls", METHODS, ids=named)
+def test_numbers_are_typed_by_the_vocabulary(cls: type[Method]) -> None:
+    hints = typing.get_type_hints(cls, include_extras=True)
+    for field in fields_of(cls):
+        assert not list(bare_numbers(hints[field.name])), f"{named(cls)}.{field.name} has a number without unit and range"
+        assert not isinstance(field.annotation, types.FunctionType)
+        assert "Callable" not in field.type_name, f"{named(cls)}.{field.name}: callables do not travel"
+
+
+@pytest.mark.parametrize("cls", METHODS, ids=named)
+def test_header_has_the_layout(cls: type[Method]) -> None:
+    path = SOURCE.joinpath(*cls.__module__.split(".")[1:]).with_suffix(".py")
+    text = path.read_text()
+    assert text.startswith('r"""'), f"{path.name} starts with a raw docstring"
+    card = parse_card(text[4 : text.index('"""', 4)])
+    assert card == cls.card()
+    assert card.summary.endswith(".")
+    assert card.paper
+    assert card.formula, f"{path.name} gives no Formula"
+
+
+@pytest.mark.parametrize("cls", PARTS, ids=named)
+def test_part_works_inside_a_technique(cls: type[Method]) -> None:
+    found = list(carriers(cls))
+    assert found, f"no technique takes {named(cls)}"
+    for technique in found:
+        assert Recipe.from_yaml(Recipe(steps=(technique,)).to_yaml()).steps == (technique,)
+    example = EXAMPLES[1]
+    task, model = example.task(), example.build()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", EspalierWarning)
+        result = found[0](model, Context(task=task))
+        again = found[0](model, Context(task=task))
+    assert bits(result.state_dict()) == bits(again.state_dict())
+    assert bits(outputs(frozen_copy(result), task)) == bits(outputs(result, task))
+
+
+@pytest.mark.parametrize("cls", PARTS, ids=named)
+def test_part_is_no_step(cls: type[Method]) -> None:
+    with pytest.raises(UnknownNameError, match=f"is a {cls.kind}, not a step"):
+        registry.technique(named(cls))
