@@ -19,6 +19,7 @@ help:
 	@echo "make docs                       write the generated pages and tables again"
 
 venv: $(STAMP)
+	@:
 
 # torch goes first and alone: nothing that follows may choose another build of it.
 $(STAMP): pyproject.toml constraints.txt
@@ -37,7 +38,7 @@ demo: $(STAMP)
 	$(BIN)/espalier demo --out runs/demo
 
 bench: $(STAMP)
-	@test -f "benchmarks/$(NAME).py" || { echo "make bench NAME=... [ARGS=...]; there is:" $(sort $(basename $(notdir $(wildcard benchmarks/*.py)))) >&2; exit 2; }
+	@test -f "benchmarks/$(NAME).py" || { echo "make bench NAME=... [ARGS=...]; there is:" $(filter-out common,$(sort $(basename $(notdir $(wildcard benchmarks/*.py))))) >&2; exit 2; }
 	$(BIN)/python benchmarks/$(NAME).py $(ARGS)
 
 docs: $(STAMP)

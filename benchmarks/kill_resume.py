@@ -21,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-PROJECT = '''
+PROJECT = """
 import torch
 from torch import nn
 import espalier as es
@@ -34,7 +34,7 @@ def model():
 def task():
     data = es.data.standard("digits", batch_size=32)
     return es.tasks.classification(data.train, data.val, data.test)
-'''
+"""
 RECIPE = """
 - train.finetune: {epochs: 4, lr: 3e-3}
 - recipes.deep-compression:
@@ -61,7 +61,9 @@ def start(folder: Path, out: Path) -> subprocess.Popen[bytes]:
     """Start or resume a run in a process of its own, quietly."""
     resume = (out / "journal.jsonl").exists()
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command(folder, out, resume=resume), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment)
+    return subprocess.Popen(
+        command(folder, out, resume=resume), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment
+    )
 
 
 def finish(folder: Path, out: Path) -> float:
@@ -82,7 +84,9 @@ def prepare(folder: Path) -> tuple[dict[str, str], float]:
     return digests(folder / "reference"), seconds
 
 
-def disturbed(folder: Path, name: str, kills: int, seconds: float, chance: random.Random) -> tuple[dict[str, str], list[float]]:
+def disturbed(
+    folder: Path, name: str, kills: int, seconds: float, chance: random.Random
+) -> tuple[dict[str, str], list[float]]:
     """A run killed ``kills`` times at random moments, then finished: its digests and when it was killed."""
     out, moments = folder / name, []
     for _ in range(kills):

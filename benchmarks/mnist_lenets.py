@@ -101,13 +101,18 @@ def network(name: str, dropout: tuple[float, float]) -> torch.nn.Module:
 def one_run(name: str, setting: Setting, seed: int, folder: Path | None, out: Path) -> dict[str, Any]:
     """Train, compress, re-load, measure: one seed."""
     started = time.monotonic()
-    data = standard("mnist", folder, seed=seed, batch_size=setting.batch_size, normalisation=Normalisation((0.0,), (1.0,)))
+    data = standard(
+        "mnist", folder, seed=seed, batch_size=setting.batch_size, normalisation=Normalisation((0.0,), (1.0,))
+    )
     task = es.tasks.classification(data.train, data.val, data.test)
     torch.manual_seed(seed)
     dense = network(name, setting.dense_dropout)
     schedule = Cosine(warmup=0.1)
     training = Finetune(
-        epochs=setting.dense_epochs, lr=setting.dense_lr, optimizer=AdamW(weight_decay=setting.dense_decay), lr_schedule=schedule
+        epochs=setting.dense_epochs,
+        lr=setting.dense_lr,
+        optimizer=AdamW(weight_decay=setting.dense_decay),
+        lr_schedule=schedule,
     )
     dense = training(dense, Context(task=task, seed=seed))
     model = network(name, setting.dropout)
@@ -157,7 +162,10 @@ def layers(path: Path, record: dict[str, Any]) -> dict[str, Any]:
                 continue
             indices = representation.indices
             codebook = 32 * (representation.centroids.size - 1)
-            best = min((deep_compression_bits(indices, b) for b in (3, 4, 5, 6, 7, 8)), key=lambda found: found["huffman_bytes"])
+            best = min(
+                (deep_compression_bits(indices, b) for b in (3, 4, 5, 6, 7, 8)),
+                key=lambda found: found["huffman_bytes"],
+            )
             dense = 32 * indices.size
             found[name] = {
                 **best,
@@ -171,7 +179,15 @@ def layers(path: Path, record: dict[str, Any]) -> dict[str, Any]:
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Means and standard errors over seeds."""
     found: dict[str, Any] = {"seeds": len(runs)}
-    for key in ("bytes", "bytes_self_contained", "graph_bytes", "test_error", "test_error_dense", "weights_kept", "seconds"):
+    for key in (
+        "bytes",
+        "bytes_self_contained",
+        "graph_bytes",
+        "test_error",
+        "test_error_dense",
+        "weights_kept",
+        "seconds",
+    ):
         values = [run[key] for run in runs]
         found[key] = statistics.mean(values)
         if len(values) > 1 and key in ("bytes", "test_error"):
@@ -198,8 +214,11 @@ def main() -> None:
                 out = (arguments.keep or Path(folder)) / f"{arguments.network}-{kind}-{seed}"
                 runs.append(one_run(arguments.network, setting, seed, arguments.data_dir, out))
             latest = runs[-1]
-            print(f"{kind} seed {seed}: {latest['bytes']} B, test error {latest['test_error']:.2f} % "
-                  f"(dense {latest['test_error_dense']:.2f} %), val error {latest['val_error']:.2f} %, {latest['seconds']} s", flush=True)
+            print(
+                f"{kind} seed {seed}: {latest['bytes']} B, test error {latest['test_error']:.2f} % "
+                f"(dense {latest['test_error_dense']:.2f} %), val error {latest['val_error']:.2f} %, {latest['seconds']} s",
+                flush=True,
+            )
         measured = {**summary(runs), "runs": runs}
         print(f"{kind}: mean {measured['bytes']:.0f} B at {measured['test_error']:.2f} %", flush=True)
         rows.append({

@@ -33,6 +33,7 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "project.py").write_text(PROJECT)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("ESPALIER_DATA", str(tmp_path))  # --data-dir sets it; put back afterwards
     monkeypatch.delitem(sys.modules, "project", raising=False)
     return tmp_path
 

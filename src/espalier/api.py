@@ -63,7 +63,9 @@ def _device(name: str) -> torch.device:
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"device {name!r} cannot be used here ({error}). Allowed: auto, cpu, cuda where there is one.") from error
+        raise UsageError(
+            f"device {name!r} cannot be used here ({error}). Allowed: auto, cpu, cuda where there is one."
+        ) from error
     return torch.device(name)
 
 

@@ -180,7 +180,7 @@ def test_foreign_randomness_fails(technique: Technique) -> None:
 
 @pytest.mark.parametrize("clause", ["test_masks_stay", "test_codes_stay"])
 def test_undoing_an_earlier_step_fails(clause: str) -> None:
-    with pytest.raises(AssertionError, match="came back|no longer do"):
+    with pytest.raises(AssertionError, match=r"came back|no longer do"):
         getattr(MethodContract(), clause)(Regrows(), BY_NAME["mlp"])
 
 

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-
-import pytest
-
-import espalier.prune
-import espalier.recipes
-import espalier.share
-import espalier.train
+from espalier.api import fill_registry
 from espalier.core import registry
 from espalier.core.method import Technique
 from espalier.testing import MethodContract
 
+fill_registry()
 TECHNIQUES = [cls for cls in registry.methods() if issubclass(cls, Technique)]
 
 

@@ -14,8 +14,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-import espalier.recipes
-import espalier.train
+from espalier.api import fill_registry
 from espalier.core import registry
 from espalier.core.context import Context
 from espalier.core.errors import EspalierWarning, PhaseError, UsageError
@@ -27,6 +26,7 @@ from espalier.share import KMeans
 from espalier.testing import EXAMPLES, bits, effective, fingerprint, frozen_copy, outputs, shortened
 from espalier.train import Finetune
 
+fill_registry()
 TECHNIQUES = [cls for cls in registry.methods() if issubclass(cls, Technique)]
 BY_NAME = {example.name: example for example in EXAMPLES}
 
@@ -50,7 +50,7 @@ def steps(draw: st.DrawFn, depth: int = 1) -> Technique:
     try:
         return shortened(cls(**chosen))
     except UsageError:  # parts that do not go together
-        assume(False)  # noqa: FBT003
+        assume(False)
         raise
 
 

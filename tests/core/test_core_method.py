@@ -91,9 +91,9 @@ def test_ranges_of_a_union() -> None:
 
 def test_replace_and_unknown_names() -> None:
     assert Toy().replace(sparsity=0.25) == Toy(sparsity=0.25)
-    with pytest.raises(UsageError, match="toy.toy has no field 'sparsty'. Did you mean 'sparsity'"):
+    with pytest.raises(UsageError, match=r"toy.toy has no field 'sparsty'. Did you mean 'sparsity'"):
         Toy().replace(sparsty=0.5)
-    with pytest.raises(UsageError, match="(?s)'sparsty'.*no field 'flagg'.*Its fields: sparsity, lr"):
+    with pytest.raises(UsageError, match=r"(?s)'sparsty'.*no field 'flagg'.*Its fields: sparsity, lr"):
         check_names(Toy, {"sparsty": 1, "flagg": 2})
     with pytest.raises(UsageError, match="Its fields: none"):
         check_names(Inner, {"x": 1})

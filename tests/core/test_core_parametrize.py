@@ -71,7 +71,9 @@ def test_bake_restores_classes_ties_and_function(example: Example, form: type[Fo
     assert bits(outputs(baked, task)) == bits(outputs(model, task))
     assert bits(effective(baked)) == bits(effective(model))
     assert not [key for m in baked.modules() for key in m._forward_pre_hooks]
-    assert all(slot.form is not None for slot in slots(model).values() if len(slot.shape) >= 2), "the argument is untouched"
+    assert all(slot.form is not None for slot in slots(model).values() if len(slot.shape) >= 2), (
+        "the argument is untouched"
+    )
 
 
 @every_example
@@ -180,7 +182,9 @@ def test_two_layers_may_share_one_codebook() -> None:
 
 def test_foreign_parametrizations_are_refused() -> None:
     model = nn.Sequential(parametrizations.weight_norm(nn.Linear(4, 3)))
-    with pytest.raises(ModelError, match=r"Linear.weight carries a parametrization that is not espalier's.*remove_param"):
+    with pytest.raises(
+        ModelError, match=r"Linear.weight carries a parametrization that is not espalier's.*remove_param"
+    ):
         slots(model)
 
 
@@ -193,7 +197,7 @@ def test_phases() -> None:
     with pytest.raises(PhaseError, match="folding would change weight, whose pruned positions are fixed"):
         require_phase(slot, ("dense",), "folding")
     attach(slot, grid(slot.value()))
-    with pytest.raises(PhaseError, match="values are fixed to shared codes.*densify=true"):
+    with pytest.raises(PhaseError, match=r"values are fixed to shared codes.*densify=true"):
         require_phase(slot, ("dense", "mask"), "pruning")
     before = slot.value()
     require_phase(slot, ("dense", "mask"), "pruning", densify=True)
@@ -253,7 +257,9 @@ def test_a_checkpoint_restores_a_codebook_of_a_group() -> None:
     assert bits(effective(fresh)) == bits(effective(model))
 
 
-@pytest.mark.parametrize("specs", [{"nothing.weight": {"kind": "mask"}}, {"weight": {"kind": "pickle"}}, {"weight": {}}])
+@pytest.mark.parametrize(
+    "specs", [{"nothing.weight": {"kind": "mask"}}, {"weight": {"kind": "pickle"}}, {"weight": {}}]
+)
 def test_a_foreign_checkpoint_is_refused(specs: dict[str, dict[str, str]]) -> None:
     with pytest.raises(ModelError, match="this model has no such weight"):
         restore_forms(nn.Linear(2, 2), specs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from typing import Any
 
@@ -37,7 +38,11 @@ def normed(dimensions: int = 2, *, bias: bool = True, seed: int = 0) -> nn.Seque
     """Linear or convolution, then a batch norm with statistics of its own, in eval mode."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        first = nn.Linear(4, 5, bias=bias) if not dimensions else (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dimensions - 1](2, 5, 3, bias=bias)
+        first = (
+            nn.Linear(4, 5, bias=bias)
+            if not dimensions
+            else (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dimensions - 1](2, 5, 3, bias=bias)
+        )
         norm = (nn.BatchNorm1d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[dimensions](5)
         for tensor in (norm.weight, norm.bias, norm.running_mean):
             nn.init.normal_(tensor)
@@ -49,6 +54,7 @@ def example_input(dimensions: int) -> torch.Tensor:
     return torch.randn(3, 4) if not dimensions else torch.randn(3, 2, *[4] * dimensions)
 
 
+SQUARE = {"class": "Linear", "args": {"in_features": 3, "out_features": 3}}
 PLAN = Plan(
     (
         Keep(tensor="0.weight", dim=0, index=(0, 2, 5)),
@@ -56,7 +62,7 @@ PLAN = Plan(
         Keep(tensor="3.weight", dim=1, index=(0, 2, 5)),
         SetAttribute(path="0", name="out_features", value=3),
         SetAttribute(path="3", name="in_features", value=3),
-        Replace(path="1", spec={"class": "Sequential", "children": [{"class": "GELU"}, {"class": "Linear", "args": {"in_features": 3, "out_features": 3}}]}),
+        Replace(path="1", spec={"class": "Sequential", "children": [{"class": "GELU"}, SQUARE]}),
         Remove(path="2"),
     )
 )  # fmt: skip
@@ -139,7 +145,7 @@ def test_fold_keeps_a_mask_and_refuses_codes() -> None:
     coded = normed()
     slot = slots(coded)["0.weight"]
     attach(slot, Shared(torch.zeros(slot.shape, dtype=torch.int32), torch.ones(1), zero=False))
-    with pytest.raises(PhaseError, match="folding 1 would change 0.weight"):
+    with pytest.raises(PhaseError, match=r"folding 1 would change 0.weight"):
         Fold(norm="1", into="0").apply(coded)
 
 
@@ -160,7 +166,9 @@ def test_normalise_is_the_same_function_with_nothing_left_to_store(dimensions: i
 
 
 def test_normalise_leaves_norms_alone_that_have_nothing_to_move() -> None:
-    model = nn.Sequential(nn.BatchNorm1d(3, affine=False), nn.BatchNorm1d(3, track_running_stats=False), nn.BatchNorm1d(3))
+    model = nn.Sequential(
+        nn.BatchNorm1d(3, affine=False), nn.BatchNorm1d(3, track_running_stats=False), nn.BatchNorm1d(3)
+    )
     assert [path for path, _ in Normalise().norms(model)] == ["2"]
     assert Normalise(path="1*").statistics(model) == set()
 
@@ -264,7 +272,12 @@ def test_huge_specs_are_refused_before_memory_is_taken(width: int) -> None:
     with pytest.raises((LimitExceeded, Corrupt)):
         build(layer)
     with pytest.raises(LimitExceeded, match="at most"):
-        build({"class": "Sequential", "children": [{"class": "Linear", "args": {"in_features": 1 << 15, "out_features": 1 << 15}}] * 3})
+        build(
+            {
+                "class": "Sequential",
+                "children": [{"class": "Linear", "args": {"in_features": 1 << 15, "out_features": 1 << 15}}] * 3,
+            }
+        )
 
 
 def test_endless_specs_are_corrupt() -> None:
@@ -290,10 +303,8 @@ def test_any_json_is_a_plan_or_refused(data: st.DataObject) -> None:
         name: data.draw(json_values | st.sampled_from(["0", "0.weight", "3", "out_features"]))
         for name in EDITS[kind].__dataclass_fields__
     }
-    try:
+    with contextlib.suppress(EspalierError):
         Plan.from_json([edit]).apply(BY_NAME["mlp"].build())
-    except EspalierError:
-        pass
 
 
 def test_the_spec_classes_are_torch_modules_by_name() -> None:
@@ -304,7 +315,7 @@ def test_the_spec_classes_are_torch_modules_by_name() -> None:
 def test_fold_refuses_what_would_break_another_layer() -> None:
     model = nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5), nn.Linear(5, 5)).eval()
     model[2].weight = model[0].weight
-    with pytest.raises(ModelError, match=r"is shared: 0.weight, 2.weight"):
+    with pytest.raises(ModelError, match=r"is shared by 0.weight, 2.weight"):
         Fold(norm="1", into="0").apply(model)
     wide = nn.Sequential(nn.Linear(5, 4), nn.Flatten(0), nn.BatchNorm1d(20))
     with pytest.raises(ModelError, match=r"2 \(20 channels\) cannot be folded into 0"):

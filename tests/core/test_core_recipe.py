@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import espalier.recipes
 from espalier.core.errors import UnknownNameError, UsageError
 from espalier.core.recipe import FileOptions, Recipe, fields_to_data, step_from_data, step_to_data
 from espalier.prune import Cubic, Global, Layer, Listed, Magnitude, Prune, Random, Threshold
@@ -140,5 +137,3 @@ def test_needs_of_a_recipe_are_those_of_its_steps() -> None:
 def test_yaml_cannot_build_python_objects() -> None:
     with pytest.raises(UsageError, match="no YAML"):
         Recipe.from_yaml("steps: [!!python/object/apply:os.getcwd []]")
-
-

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import sys
 import types
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
 import pytest
 
-import espalier.prune
-import espalier.share
-import espalier.train
 from espalier.core import registry
 from espalier.core.errors import UnknownNameError, UsageError
 from espalier.core.fields import Bits
@@ -22,11 +18,11 @@ from espalier.train import Optimizer
 
 
 @pytest.fixture
-def table(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, dict[str, type[Method]]]]:
+def table(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, type[Method]]]:
     """A registry that forgets what a test enters."""
     copy = {verb: dict(classes) for verb, classes in registry._METHODS.items()}
     monkeypatch.setattr(registry, "_METHODS", copy)
-    yield copy
+    return copy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,9 +30,6 @@ class Good(Method):
     id: ClassVar[str] = "good"
     kind: ClassVar[str] = "part"
     bits: Bits = 4
-
-
-HOME = types.ModuleType("home_of_good")
 
 
 @pytest.fixture(autouse=True)
@@ -92,14 +85,14 @@ def test_an_undecorated_class_is_refused(table: dict[str, dict[str, type[Method]
         id: ClassVar[str] = "plain"
         extra: Bits = 3
 
-    with pytest.raises(UsageError, match="Plain in .* must be a frozen dataclass"):
+    with pytest.raises(UsageError, match=r"Plain in .* must be a frozen dataclass"):
         registry.register("toy", (Plain,))
 
 
 def test_lookup_errors() -> None:
-    with pytest.raises(UnknownNameError, match="no method is called 'prune.prun'. Did you mean 'prune.prune'"):
+    with pytest.raises(UnknownNameError, match=r"no method is called 'prune.prun'. Did you mean 'prune.prune'"):
         registry.lookup("prune.prun")
-    with pytest.raises(UnknownNameError, match="'linear' is ambiguous: prune.linear, train.linear"):
+    with pytest.raises(UnknownNameError, match=r"'linear' is ambiguous: prune.linear, train.linear"):
         registry.lookup("linear")
 
 
@@ -112,9 +105,9 @@ def test_technique_says_where_a_part_belongs() -> None:
 def test_part_is_found_by_type() -> None:
     assert registry.part(Schedule, "linear").verb == "prune"
     assert registry.part(Criterion, "prune.random").id == "random"
-    with pytest.raises(UnknownNameError, match="no criterion is called 'magnitud'. Did you mean 'magnitude'"):
+    with pytest.raises(UnknownNameError, match=r"no criterion is called 'magnitud'. Did you mean 'magnitude'"):
         registry.part(Criterion, "magnitud")
-    with pytest.raises(UnknownNameError, match="no optimizer is called 'prune.sgd'"):
+    with pytest.raises(UnknownNameError, match=r"no optimizer is called 'prune.sgd'"):
         registry.part(Optimizer, "prune.sgd")
 
 

@@ -70,7 +70,9 @@ def same(one: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> bool:
 def test_take_and_dense_commute(frozen: Representation, data: st.DataObject) -> None:
     for dim in range(len(frozen.shape)):
         count = frozen.shape[dim]
-        index = np.array(data.draw(st.lists(st.integers(0, count - 1), max_size=5) if count else st.just([])), dtype=np.int64)
+        index = np.array(
+            data.draw(st.lists(st.integers(0, count - 1), max_size=5) if count else st.just([])), dtype=np.int64
+        )
         for axis in (dim, dim - len(frozen.shape)):
             taken = frozen.take(axis, index)
             assert type(taken) is type(frozen)
@@ -101,11 +103,17 @@ def test_hostile_state_is_refused_or_decodes(frozen: Representation, data: st.Da
     elif attack == "shape":
         shape = (*shape, 2)
     elif attack == "dtype":
-        parts = parts | {name: parts[name].astype(data.draw(st.sampled_from([np.complex64, np.int8, np.float32, np.bool_])))}
+        parts = parts | {
+            name: parts[name].astype(data.draw(st.sampled_from([np.complex64, np.int8, np.float32, np.bool_])))
+        }
     elif attack == "kind":
         kind = data.draw(st.sampled_from(["dense", "masked", "affine", "codebook", "pickle", ""]))
     elif attack == "meta":
-        meta = data.draw(st.sampled_from([{}, {"bits": "8"}, {"bits": 99}, {"axis": -1, "bits": 8}, {"stored": "object"}, {"inner": 3}]))
+        meta = data.draw(
+            st.sampled_from(
+                [{}, {"bits": "8"}, {"bits": 99}, {"axis": -1, "bits": 8}, {"stored": "object"}, {"inner": 3}]
+            )
+        )
     elif attack == "big":
         parts = parts | {name: np.full_like(parts[name], 1) + 250 if parts[name].dtype != bool else ~parts[name]}
     else:
@@ -117,30 +125,42 @@ def test_hostile_state_is_refused_or_decodes(frozen: Representation, data: st.Da
     assert back.dense().shape == shape
 
 
+ONES, CODES, INDICES = np.ones(3, bool), np.zeros(3, np.int8), np.zeros(3, np.uint8)
+SCALE, ZERO = np.float32(1), np.int32(0)
+THREE_SCALES, THREE_ZEROS, TWO = np.ones(3, np.float32), np.zeros(3, np.int32), np.ones(2, np.float32)
+PLAIN = {"inner": {"kind": "dense"}}
+
+
 @pytest.mark.parametrize(
     ("kind", "dtype", "meta", "parts"),
     [
         ("nothing", "float32", {}, {}),
-        ("dense", "float7", {}, {"values": np.zeros(3, np.float32)}),
+        ("dense", "float7", {}, {"values": THREE_SCALES}),
         ("dense", "float32", {}, {}),
-        ("dense", "float32", {}, {"values": np.zeros(4, np.float32)}),
-        ("dense", "float32", {}, {"values": np.zeros(3, np.float64)}),
-        ("dense", "float32", {"stored": "pickle"}, {"values": np.zeros(3, np.float32)}),
-        ("masked", "float32", {"inner": {"kind": "dense"}}, {"mask": np.ones(3, np.uint8)}),
-        ("masked", "float32", {"inner": {"kind": "dense"}}, {"mask": np.ones(3, bool), "inner.values": np.zeros(2, np.float32)}),
-        ("masked", "float32", {}, {"mask": np.ones(3, bool)}),
-        ("masked", "float32", {"inner": {}}, {"mask": np.ones(3, bool)}),
-        ("codebook", "float32", {}, {"indices": np.array([0, 1, 5], np.uint8), "centroids": np.zeros(5, np.float32)}),
-        ("codebook", "float32", {}, {"indices": np.array([0, 1, 0], np.int8), "centroids": np.zeros(5, np.float32)}),
-        ("codebook", "float32", {}, {"indices": np.zeros(3, np.uint8), "centroids": np.zeros((5, 1), np.float32)}),
-        ("codebook", "float32", {}, {"indices": np.zeros(3, np.uint8), "centroids": np.zeros(0, np.float32)}),
-        ("affine", "float32", {"bits": 17}, {"codes": np.zeros(3, np.int8), "scale": np.float32(1), "zero_point": np.int32(0)}),
-        ("affine", "float32", {}, {"codes": np.zeros(3, np.int8), "scale": np.float32(1), "zero_point": np.int32(0)}),
-        ("affine", "float32", {"bits": 8, "axis": 1}, {"codes": np.zeros(3, np.int8), "scale": np.ones(3, np.float32), "zero_point": np.zeros(3, np.int32)}),
-        ("affine", "float32", {"bits": 8, "axis": 0}, {"codes": np.zeros(3, np.int8), "scale": np.ones(2, np.float32), "zero_point": np.zeros(3, np.int32)}),
-        ("affine", "float32", {"bits": 8}, {"codes": np.zeros(3, np.float32), "scale": np.float32(1), "zero_point": np.int32(0)}),
+        ("dense", "float32", {}, {"values": TWO}),
+        ("dense", "float32", {}, {"values": THREE_SCALES.astype(np.float64)}),
+        ("dense", "float32", {"stored": "pickle"}, {"values": THREE_SCALES}),
+        ("masked", "float32", PLAIN, {"mask": INDICES}),
+        ("masked", "float32", PLAIN, {"mask": ONES, "inner.values": TWO}),
+        ("masked", "float32", {}, {"mask": ONES}),
+        ("masked", "float32", {"inner": {}}, {"mask": ONES}),
+        ("codebook", "float32", {}, {"indices": np.array([0, 1, 3], np.uint8), "centroids": THREE_SCALES}),
+        ("codebook", "float32", {}, {"indices": CODES, "centroids": THREE_SCALES}),
+        ("codebook", "float32", {}, {"indices": INDICES, "centroids": THREE_SCALES.reshape(3, 1)}),
+        ("codebook", "float32", {}, {"indices": INDICES, "centroids": THREE_SCALES[:0]}),
+        ("codebook", "float32", {}, {"indices": INDICES, "centroids": CODES}),
+        ("affine", "float32", {"bits": 17}, {"codes": CODES, "scale": SCALE, "zero_point": ZERO}),
+        ("affine", "float32", {}, {"codes": CODES, "scale": SCALE, "zero_point": ZERO}),
+        (
+            "affine",
+            "float32",
+            {"bits": 8, "axis": 1},
+            {"codes": CODES, "scale": THREE_SCALES, "zero_point": THREE_ZEROS},
+        ),
+        ("affine", "float32", {"bits": 8, "axis": 0}, {"codes": CODES, "scale": TWO, "zero_point": THREE_ZEROS}),
+        ("affine", "float32", {"bits": 8}, {"codes": THREE_SCALES, "scale": SCALE, "zero_point": ZERO}),
     ],
-)  # fmt: skip
+)
 def test_what_does_not_fit_is_corrupt(kind: str, dtype: str, meta: dict[str, Any], parts: dict[str, Any]) -> None:
     with pytest.raises(Corrupt):
         from_state(kind, (3,), dtype, meta, {name: np.asarray(part) for name, part in parts.items()})
@@ -174,7 +194,13 @@ def test_bits_count_packed_size() -> None:
     mask = np.eye(4, dtype=bool)
     inner = Dense(shape=(4,), values=np.ones(4, np.float32))
     assert Masked(shape=(4, 4), mask=mask, inner=inner).bits() == 16 + 4 * 32
-    one = Affine(shape=(6,), codes=np.zeros(6, np.int8), scale=np.float32(1).reshape(()), zero_point=np.int32(0).reshape(()), bits_per_code=4)
+    one = Affine(
+        shape=(6,),
+        codes=np.zeros(6, np.int8),
+        scale=np.float32(1).reshape(()),
+        zero_point=np.int32(0).reshape(()),
+        bits_per_code=4,
+    )
     assert one.bits() == 6 * 4 + 64
     assert not Codebook(shape=(0,), indices=np.zeros(0, np.uint8), centroids=np.zeros(0, np.float32)).has_zero
 
@@ -208,7 +234,9 @@ def test_narrowed_keeps_what_would_overflow() -> None:
         lambda: Masked(shape=(3,), mask=np.ones(2, bool), inner=Dense(shape=(2,), values=np.zeros(2, np.float32))),
         lambda: Masked(shape=(3,), mask=np.ones(3, bool), inner=Dense(shape=(2,), values=np.zeros(2, np.float32))),
         lambda: Codebook(shape=(3,), indices=np.zeros(2, np.uint8), centroids=np.zeros(1, np.float32)),
-        lambda: Affine(shape=(3,), codes=np.zeros(3, np.int8), scale=np.ones(3, np.float32), zero_point=np.zeros(3, np.int32)),
+        lambda: Affine(
+            shape=(3,), codes=np.zeros(3, np.int8), scale=np.ones(3, np.float32), zero_point=np.zeros(3, np.int32)
+        ),
     ],
 )
 def test_a_wrong_construction_says_so(build: Any) -> None:

@@ -54,6 +54,7 @@ def commands(block: Block) -> list[list[str]]:
 def run_python(page: Path, block: Block, namespace: dict) -> None:
     if block.file:
         Path(block.file).write_text(block.text)
+        sys.modules.pop(Path(block.file).stem, None)
     source = "\n" * (block.line - 1) + block.text
     exec(compile(source, str(page), "exec", dont_inherit=True), namespace)  # noqa: S102 - the pages are ours
 

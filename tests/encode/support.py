@@ -47,7 +47,11 @@ def every_kind(seed: int = 0) -> dict[str, Representation]:
         "masked.weight": Masked(shape=(6, 5), mask=mask, inner=dense(rng.normal(size=kept).astype(np.float32))),
         "nested.weight": Masked(shape=(6, 5), mask=mask, inner=shared),
         "affine.weight": Affine(
-            shape=(4, 6), codes=codes, scale=np.array(0.1, np.float32), zero_point=np.array(1, np.int32), bits_per_code=4
+            shape=(4, 6),
+            codes=codes,
+            scale=np.array(0.1, np.float32),
+            zero_point=np.array(1, np.int32),
+            bits_per_code=4,
         ),
         "channel.weight": Affine(
             shape=(4, 6),

@@ -94,7 +94,12 @@ def test_bytes_too_many_are_refused(coder):
 
 
 @settings(max_examples=150)
-@given(st.sampled_from([c.id for c in CODERS]), st.binary(max_size=60), st.sampled_from(DTYPES), hnp.array_shapes(max_side=6))
+@given(
+    st.sampled_from([c.id for c in CODERS]),
+    st.binary(max_size=60),
+    st.sampled_from(DTYPES),
+    hnp.array_shapes(max_side=6),
+)
 def test_random_bytes_give_an_array_of_the_right_kind_or_a_typed_error(name, data, dtype, shape):
     try:
         found = decode(name, data, np.dtype(dtype), shape)

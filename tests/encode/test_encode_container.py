@@ -109,7 +109,9 @@ def test_apportion_splits_exactly_and_fairly(total, weights):
     found = apportion(total, weights)
     assert sum(found) == total
     if sum(weights) > 0:
-        assert all(abs(share - total * w / sum(weights)) <= 1 + 1e-6 * total for share, w in zip(found, weights, strict=True))
+        assert all(
+            abs(share - total * w / sum(weights)) <= 1 + 1e-6 * total for share, w in zip(found, weights, strict=True)
+        )
 
 
 def test_fp16_halves_floats_only_where_they_stay_finite():

@@ -33,7 +33,9 @@ CASES = {
 def golden(name: str):
     coders = CASES[name]
     tensors = every_kind(seed=7) | {"conv.weight": codebook((6, 5, 3, 3), 0.4, levels=40, seed=8)}
-    return tensors, encode(tensors, coders=coders, aliases={"tied": "half"}, graph=b"graph", plans=[{"edit": "none"}], model=name)
+    return tensors, encode(
+        tensors, coders=coders, aliases={"tied": "half"}, graph=b"graph", plans=[{"edit": "none"}], model=name
+    )
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -25,7 +25,9 @@ from espalier.encode.symbols import Alphabet
 from .support import codebook, dense, every_kind
 
 
-def forge(rows: object, blobs: bytes = b"", checksums: tuple[int, ...] = (), text: bytes | None = None, **prefix: int) -> bytes:
+def forge(
+    rows: object, blobs: bytes = b"", checksums: tuple[int, ...] = (), text: bytes | None = None, **prefix: int
+) -> bytes:
     """A file with right checksums and lengths, saying whatever an attacker wants it to say."""
     text = json.dumps(rows, separators=(",", ":"), ensure_ascii=False).encode() if text is None else text
     stored = deflate(text, DICTIONARY) + b"".join(struct.pack("<I", c) for c in checksums)
@@ -51,7 +53,9 @@ def test_the_forger_can_write_good_files():
     values = np.arange(3, dtype=np.uint8)
     blob = varint(0) + bytes([2]) + b"\x18"
     crc = zlib.crc32(values.tobytes(), zlib.crc32(blob))
-    data = forge(["", [["w", "dense", [3], [["values", "uint8"]], "uint8"]], [["uint8", "values", "packed", 3]]], blob, (crc,))
+    data = forge(
+        ["", [["w", "dense", [3], [["values", "uint8"]], "uint8"]], [["uint8", "values", "packed", 3]]], blob, (crc,)
+    )
     with open_file(data) as archive:
         assert archive.get("w").tolist() == [0, 1, 2]
 
@@ -235,7 +239,9 @@ def test_many_tensors_add_up_against_the_limits():
 
 
 def test_limits_can_be_raised_by_who_trusts_a_file():
-    zeros = Codebook(shape=(1 << 13, 1 << 13), indices=np.zeros((1 << 13, 1 << 13), np.uint8), centroids=np.zeros(1, np.float32))
+    zeros = Codebook(
+        shape=(1 << 13, 1 << 13), indices=np.zeros((1 << 13, 1 << 13), np.uint8), centroids=np.zeros(1, np.float32)
+    )
     data = encode({"w": zeros}, coders=())
     with pytest.raises(LimitExceeded, match="max_ratio"):
         open_file(data)
@@ -256,7 +262,11 @@ def test_a_forged_graph_or_plans():
     for data, size, error in ((deflate(bytes(1 << 20)), 100, Corrupt), (b"xx", 1, Corrupt), (b"xx", 5, Corrupt)):
         refused(forge(["", [], [], {}, [size, len(data)]], data, (0,)), error)
     for text in (b"{}", b"nope", b"[" * 5000, b"\xff\xff"):
-        refused(forge(["", [], [], {}, [], [len(text), len(text)]], text, (zlib.crc32(text, zlib.crc32(text)),)), Corrupt, "plans")
+        refused(
+            forge(["", [], [], {}, [], [len(text), len(text)]], text, (zlib.crc32(text, zlib.crc32(text)),)),
+            Corrupt,
+            "plans",
+        )
     refused(forge(["", [], [], {}, [1 << 50, 2]], b"xx", (0,)), LimitExceeded)
 
 

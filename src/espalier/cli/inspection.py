@@ -26,7 +26,7 @@ def describe(project: Project) -> dict[str, Any]:
 
     model, task = project.model, project.task
     per_weight, total = _macs(model, task)
-    layers = [
+    layers: list[dict[str, Any]] = [
         {
             "name": name,
             "type": type(slot.module).__name__,
@@ -41,8 +41,17 @@ def describe(project: Project) -> dict[str, Any]:
     ]
     length = fp32_safetensors_bytes(model)
     parameters = sum(layer["parameters"] for layer in layers)
-    found: dict[str, Any] = {"model": type(model).__name__, "parameters": parameters, "fp32_bytes": length, "macs": total, "layers": layers}
-    lines = [f"{parameters:,} parameters, {readable_bytes(length)} as fp32 safetensors" + (f", {total:,} MACs per sample" if total else "")]
+    found: dict[str, Any] = {
+        "model": type(model).__name__,
+        "parameters": parameters,
+        "fp32_bytes": length,
+        "macs": total,
+        "layers": layers,
+    }
+    lines = [
+        f"{parameters:,} parameters, {readable_bytes(length)} as fp32 safetensors"
+        + (f", {total:,} MACs per sample" if total else "")
+    ]
     if task.val is not None:
         metric, score = task.scorer(), task.measure(model, "val", model)
         found["metric"] = {"name": metric.name, "unit": metric.unit, "split": "val", **vars(score)}
@@ -70,7 +79,14 @@ def _macs(model: nn.Module, task: Task) -> tuple[dict[str, int], int | None]:
 def table(found: dict[str, Any]) -> Table:
     """The layers as a table."""
     view = Table(title=found["model"], title_justify="left")
-    for column, side in (("weight", "left"), ("layer", "left"), ("shape", "left"), ("parameters", "right"), ("zeros", "right"), ("MACs", "right")):
+    for column, side in (
+        ("weight", "left"),
+        ("layer", "left"),
+        ("shape", "left"),
+        ("parameters", "right"),
+        ("zeros", "right"),
+        ("MACs", "right"),
+    ):
         view.add_column(column, justify=side)  # type: ignore[arg-type]
     for layer in found["layers"]:
         zeros = 1 - layer["nonzero"] / max(1, layer["parameters"])
@@ -139,7 +155,11 @@ def _random_task(model: nn.Module) -> Task:
     for item in model.graph.inputs:
         shape = [2 if size is None else size for size in item.shape]
         dtype = getattr(torch, item.dtype)
-        values.append(torch.randn(shape, generator=generator).to(dtype) if dtype.is_floating_point else torch.zeros(shape, dtype=dtype))
+        values.append(
+            torch.randn(shape, generator=generator).to(dtype)
+            if dtype.is_floating_point
+            else torch.zeros(shape, dtype=dtype)
+        )
     args, kwargs = fill(model.graph.call, lambda leaf: values[leaf.index] if isinstance(leaf, Value) else None)
     return Task(val=[(args, kwargs)], predict=lambda m, batch: m(*batch[0], **batch[1]), target=lambda _: None)
 
@@ -154,7 +174,16 @@ def describe_method(cls: type[Method]) -> dict[str, Any]:
             "name": field.name,
             "type": field.type_name,
             "default": _plain(field.default),
-            **({"low": field.range.low, "high": _finite(field.range.high), "unit": field.range.unit, "about": field.range.about} if field.range else {}),
+            **(
+                {
+                    "low": field.range.low,
+                    "high": _finite(field.range.high),
+                    "unit": field.range.unit,
+                    "about": field.range.about,
+                }
+                if field.range
+                else {}
+            ),
         }
         for field in fields_of(cls)
     ]

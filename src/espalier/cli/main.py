@@ -72,11 +72,11 @@ def _warnings_as_sentences() -> Iterator[None]:
 
     usual = warnings.showwarning
 
-    def show(message: Any, category: Any, *rest: Any) -> None:
+    def show(message: Any, category: Any, *rest: Any, **more: Any) -> None:
         if issubclass(category, EspalierWarning):
             typer.echo(f"warning: {message}", err=True)
         else:
-            usual(message, category, *rest)
+            usual(message, category, *rest, **more)
 
     with warnings.catch_warnings():
         warnings.simplefilter("always", EspalierWarning)
@@ -118,7 +118,11 @@ def _recipe(recipe: str | None, steps: list[str], settings: list[str]) -> Any:
     if recipe is not None and steps:
         raise UsageError("give --recipe or --step, not both.")
     api.fill_registry()
-    chosen = Recipe.from_data([parse_step(step) for step in steps]) if steps else api.named_recipe(recipe or "deep-compression")
+    chosen = (
+        Recipe.from_data([parse_step(step) for step in steps])
+        if steps
+        else api.named_recipe(recipe or "deep-compression")
+    )
     if not settings:
         return chosen
     data = step_to_data(chosen)
@@ -139,27 +143,40 @@ def _set(data: dict[str, Any], setting: str) -> None:
     node: Any = data
     *parents, last = path.split(".")
     for key in (*parents, None):
-        while isinstance(node, dict) and len(node) == 1 and isinstance(next(iter(node.values())), dict) and key not in node:
+        while (
+            isinstance(node, dict)
+            and len(node) == 1
+            and isinstance(next(iter(node.values())), dict)
+            and key not in node
+        ):
             node = next(iter(node.values()))
         if key is None:
             break
         if not isinstance(node, dict) or key not in node:
-            raise UsageError(f"--set {setting!r}: there is no {key!r}.{did_you_mean(key, node if isinstance(node, dict) else ())}")
+            raise UsageError(
+                f"--set {setting!r}: there is no {key!r}.{did_you_mean(key, node if isinstance(node, dict) else ())}"
+            )
         if isinstance(node[key], str):
             node[key] = {node[key]: {}}
         node = node[key]
     if not isinstance(node, dict) or last not in node:
-        raise UsageError(f"--set {setting!r}: there is no {last!r}.{did_you_mean(last, node if isinstance(node, dict) else ())}")
+        raise UsageError(
+            f"--set {setting!r}: there is no {last!r}.{did_you_mean(last, node if isinstance(node, dict) else ())}"
+        )
     node[last] = yaml.safe_load(value)
 
 
 @app.command()
 def compress(
     project: ProjectFile,
-    out: Annotated[Path, typer.Option(help="Run directory: new or empty (or an interrupted run, with --resume).")] = Path("runs/first"),
+    out: Annotated[
+        Path, typer.Option(help="Run directory: new or empty (or an interrupted run, with --resume).")
+    ] = Path("runs/first"),
     recipe: Annotated[str | None, typer.Option(help="Recipe id or YAML file [deep-compression].")] = None,
     step: Annotated[list[str] | None, typer.Option(help="A step 'verb.id field=value ...'; repeat for more.")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="Override a field of the recipe: prune.epochs=10.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Override a field of the recipe: prune.epochs=10.")
+    ] = None,
     size: Annotated[str | None, typer.Option(help="Largest file: 10x, 200kB, 1.5MiB.")] = None,
     max_drop: Annotated[float | None, typer.Option(help="Largest drop of the metric on val, in its unit.")] = None,
     minutes: Annotated[float | None, typer.Option(help="Time to spend; the best so far is kept.")] = None,
@@ -269,7 +286,9 @@ def verify(file: File, as_json: Json = False) -> None:
 
     check(file)
     length = file.stat().st_size
-    emit({"file": str(file), "bytes": length, "verified": True}) if as_json else say(f"{file}: {length} bytes, every tensor decodes and every checksum holds.")
+    emit({"file": str(file), "bytes": length, "verified": True}) if as_json else say(
+        f"{file}: {length} bytes, every tensor decodes and every checksum holds."
+    )
 
 
 @app.command()
@@ -289,7 +308,9 @@ def info(file: File, as_json: Json = False) -> None:
 
 
 @app.command()
-def unpack(file: File, out: Annotated[Path, typer.Argument(help="The safetensors file to write.")], as_json: Json = False) -> None:
+def unpack(
+    file: File, out: Annotated[Path, typer.Argument(help="The safetensors file to write.")], as_json: Json = False
+) -> None:
     """Decode a file into safetensors."""
     from espalier.encode import unpack as write
 
@@ -326,7 +347,7 @@ def report(run: Annotated[Path, typer.Argument(help="A run directory.")], as_jso
     from espalier import api
     from espalier.report import load
 
-    record = load(run)
+    record = dict(load(run))
     path = api.write_report(run, record)
     if as_json:
         emit({"report": str(path)})

@@ -40,7 +40,9 @@ def load_project(path: Path) -> Project:
     if not isinstance(model, nn.Module):
         raise UsageError(f"{path}: model() must return a torch.nn.Module; it returned {type(model).__name__}.")
     if not isinstance(task, Task):
-        raise UsageError(f"{path}: task() must return an espalier Task; it returned {type(task).__name__}. For example: {EXAMPLE}.")
+        raise UsageError(
+            f"{path}: task() must return an espalier Task; it returned {type(task).__name__}. For example: {EXAMPLE}."
+        )
     if not isinstance(models, dict) or not all(isinstance(m, nn.Module) for m in models.values()):
         raise UsageError(f"{path}: models() must return a dict of name -> torch.nn.Module.")
     return Project(model, task, models)

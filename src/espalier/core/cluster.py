@@ -83,7 +83,8 @@ def exact(values: Floats, k: int, *, weights: Floats | None = None) -> Floats:
         """Squared error of the values low..high-1 around their mean."""
         total = w[high] - w[low]
         mean = s[high] - s[low]
-        return np.maximum(q[high] - q[low] - mean * mean / np.where(total > 0, total, 1.0), 0.0)
+        error: Floats = np.maximum(q[high] - q[low] - mean * mean / np.where(total > 0, total, 1.0), 0.0)
+        return error
 
     ends = np.arange(n + 1)
     best = cost(np.zeros(n + 1, dtype=np.int64), ends)

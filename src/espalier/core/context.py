@@ -19,13 +19,12 @@ from torch import nn
 
 from espalier.core.errors import EspalierWarning, NeedError, NoEffectWarning
 from espalier.core.method import Method, Technique
+from espalier.core.metric import Score
 from espalier.core.model import digest, modes, set_modes
 from espalier.core.record import Record
-from espalier.core.task import Task
+from espalier.core.task import Split, Task
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from torch import Tensor
 
 
@@ -57,7 +56,7 @@ def derive_seed(seed: int, path: str) -> int:
 
 @dataclass
 class Context:
-    """``models`` maps names (``original``, ``best``, students, teachers) to modules; fields of methods use the names."""
+    """``models`` maps names (``original``, ``best``, students, teachers) to modules; methods name them."""
 
     task: Task | None = None
     seed: int = 0
@@ -73,7 +72,9 @@ class Context:
     def data(self) -> Task:
         """The task. Raises ``NeedError`` where none was given."""
         if self.task is None:
-            raise NeedError(f"{self.path or 'this'} needs a task: Context(task=espalier.tasks.classification(train, val, test)).")
+            raise NeedError(
+                f"{self.path or 'this'} needs a task: Context(task=espalier.tasks.classification(train, val, test))."
+            )
         return self.task
 
     def model(self, name: str) -> nn.Module:
@@ -109,6 +110,15 @@ class Context:
         if self.listener is not None:
             self.listener(Progress(self.path, label, done, total, values))
 
+    def measure(self, model: nn.Module, split: Split = "val") -> Score:
+        """The task's metric of ``model`` on a split, with progress; the original answers for tasks without labels."""
+        return self.data.measure(
+            model,
+            split,
+            self.models.get("original"),
+            progress=lambda done, of: self.progress(f"{split} metric", done, of),
+        )
+
     def skip(self, name: str, reason: str) -> None:
         """Record a layer that was left alone, and why."""
         self.record.skipped.append({"name": name, "reason": reason})
@@ -122,7 +132,7 @@ class Context:
         self.record.warnings.append(text)
         warnings.warn(text, category, stacklevel=3)
 
-    def epochs(self, name: str = "fit") -> EpochStore | None:  # noqa: ARG002 - runs/ keeps one per name
+    def epochs(self, name: str = "fit") -> EpochStore | None:
         """Where the training loop called ``name`` keeps its epochs; None outside a run directory."""
         return None
 
@@ -177,6 +187,6 @@ def _say(need: str) -> str:
         "labels": "labels in the batches",
         "loss": "a loss (Task(loss=...))",
     }
-    return words.get(need, f"a model called {need[6:]!r} (models() in the project file)" if need.startswith("model:") else need)
-
-
+    return words.get(
+        need, f"a model called {need[6:]!r} (models() in the project file)" if need.startswith("model:") else need
+    )

@@ -1,23 +1,23 @@
 """The one exception tree. Every message says what was received, what is allowed and what to do.
 
-    EspalierError
-    ├── UsageError            a wrong argument, field, name or option
-    │   └── UnknownNameError  a name that nothing answers to ("did you mean ...")
-    ├── NeedError             a step needs something the task, the model or the machine does not offer
-    ├── DataError             a data folder, loader or batch that cannot be used
-    ├── ModelError            a model that cannot be run, traced, copied or rebuilt
-    ├── NumericError          NaN or infinity where numbers are needed
-    ├── PhaseError            a step would destroy what an earlier step fixed (masks, codes)
-    ├── TargetError           a target that is out of reach; names the gap
-    ├── RunError              a run directory that cannot be used, resumed or written
-    └── FileError             an .espalier file that is refused
-        ├── NotOurFile        no .espalier file at all
-        ├── UnsupportedVersion
-        ├── Corrupt           damaged or forged
-        └── LimitExceeded     asks for more elements or bytes than allowed
+EspalierError
+├── UsageError            a wrong argument, field, name or option
+│   └── UnknownNameError  a name that nothing answers to ("did you mean ...")
+├── NeedError             a step needs something the task, the model or the machine does not offer
+├── DataError             a data folder, loader or batch that cannot be used
+├── ModelError            a model that cannot be run, traced, copied or rebuilt
+├── NumericError          NaN or infinity where numbers are needed
+├── PhaseError            a step would destroy what an earlier step fixed (masks, codes)
+├── TargetError           a target that is out of reach; names the gap
+├── RunError              a run directory that cannot be used, resumed or written
+└── FileError             an .espalier file that is refused
+    ├── NotOurFile        no .espalier file at all
+    ├── UnsupportedVersion
+    ├── Corrupt           damaged or forged
+    └── LimitExceeded     asks for more elements or bytes than allowed
 
-    EspalierWarning(UserWarning)
-    └── NoEffectWarning       a technique that changed nothing
+EspalierWarning(UserWarning)
+└── NoEffectWarning       a technique that changed nothing
 """
 
 from __future__ import annotations

@@ -139,7 +139,7 @@ class Shared(Form):
         return torch.cat([latent.new_zeros(1), latent]) if self.zero else latent
 
     def forward(self, latent: Tensor) -> Tensor:
-        out = _Gather.apply(self.table(latent), self.index)
+        out = _Gather.apply(self.table(latent), self.index)  # type: ignore[no-untyped-call]
         assert isinstance(out, Tensor)  # noqa: S101 - torch leaves Function.apply untyped
         return out
 

@@ -102,7 +102,7 @@ class Method:
 
     @property
     def needs(self) -> frozenset[str]:
-        """What must be there before any work starts: ``train``, ``val``, ``labels``, ``model:NAME``; union over parts."""
+        """What must be there before any work: ``train``, ``val``, ``labels``, ``model:NAME``; union over parts."""
         return frozenset().union(*(part.needs for part in self.parts()))
 
     def parts(self) -> Iterator[Method]:

@@ -58,12 +58,13 @@ class Accumulator:
         self.count, self.total, self.squares = 0, 0.0, 0.0
 
     def update(self, output: Any, target: Any) -> None:
-        """Add a batch. Raises ``UsageError`` for a metric that returns no per-sample tensor, ``NumericError`` for NaN."""
+        """Add a batch. Raises ``UsageError`` where no per-sample tensor comes back, ``NumericError`` for NaN."""
         values = self.metric.per_sample(output, target)
         if not isinstance(values, Tensor) or values.ndim != 1:
             got = f"a tensor of shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
             raise UsageError(
-                f"metric {self.metric.name!r} returned {got}; it must return one value per sample: a tensor of shape (n,)."
+                f"metric {self.metric.name!r} returned {got}; "
+                "it must return one value per sample: a tensor of shape (n,)."
             )
         values = values.detach().double()
         if not bool(torch.isfinite(values).all()):
@@ -92,7 +93,7 @@ class Accuracy(Metric):
 
     def per_sample(self, output: Any, target: Any) -> Tensor:
         top = output.topk(min(self.k, output.shape[1]), dim=1).indices
-        hit = (top == target.unsqueeze(1)).any(dim=1).double() * 100
+        hit: Tensor = (top == target.unsqueeze(1)).any(dim=1).double() * 100
         return hit.reshape(hit.shape[0], -1).mean(dim=1)
 
 
@@ -107,12 +108,12 @@ class Agreement(Metric):
     unit = "%"
 
     def per_sample(self, output: Any, target: Any) -> Tensor:
-        output, target = first_tensor(output), first_tensor(target)
-        if output.ndim >= 2 and output.shape[1] >= 2:
-            same = (output.argmax(dim=1) == target.argmax(dim=1)).double()
+        ours, theirs = first_tensor(output), first_tensor(target)
+        if ours.ndim >= 2 and ours.shape[1] >= 2:
+            same = (ours.argmax(dim=1) == theirs.argmax(dim=1)).double()
             return same.reshape(same.shape[0], -1).mean(dim=1) * 100
-        error = (output - target).double().reshape(output.shape[0], -1).square().sum(dim=1)
-        power = target.double().reshape(output.shape[0], -1).square().sum(dim=1).clamp_min(1e-30)
+        error = (ours - theirs).double().reshape(ours.shape[0], -1).square().sum(dim=1)
+        power = theirs.double().reshape(ours.shape[0], -1).square().sum(dim=1).clamp_min(1e-30)
         return (1 - error / power).clamp_min(0) * 100
 
 

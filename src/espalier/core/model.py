@@ -14,11 +14,13 @@ from espalier.core.errors import ModelError, NumericError
 
 
 def copy_model(model: nn.Module) -> nn.Module:
-    """A deep copy: tied weights stay tied, frozen stay frozen, hooks kept. Raises ``ModelError`` if it cannot be made."""
+    """A deep copy: tied stays tied, frozen stays frozen, hooks are kept. Raises ``ModelError`` if it cannot be made."""
     if not isinstance(model, nn.Module):
         raise ModelError(f"a model is a torch.nn.Module; got {type(model).__name__}.")
     for module in model.modules():  # a moved recurrent layer holds on to effective weights, which carry a graph
-        if isinstance(module, nn.RNNBase) and any(not weight.is_leaf for weight in module._flat_weights):
+        if isinstance(module, nn.RNNBase) and any(
+            weight is not None and not weight.is_leaf for weight in module._flat_weights
+        ):
             module.__dict__["_flat_weights"] = []
     try:
         return copy.deepcopy(model)
@@ -74,7 +76,7 @@ def device_of(model: nn.Module) -> torch.device:
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """The raw bytes of a tensor in C order."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    return memoryview(flat.view(torch.uint8).numpy().data) if flat.numel() else memoryview(b"")
 
 
 def digest(model: nn.Module) -> int:

@@ -1,10 +1,10 @@
 """The one place that knows how ``torch.nn.utils.parametrize`` behaves.
 
 Its habits: the module's class becomes ``ParametrizedX`` (``isinstance`` still holds), state-dict keys move to
-``parametrizations.NAME.original``, pickling is refused, tied weights come apart, and recurrent layers keep a
-private list of their weights; a deep copy shares the injected class, so that removing a property from the copy
-takes it from the source as well. So every module gets a class of its own before it changes, and a form is attached to a *parameter*, at every owner at once, and every name
-outside this file is the name the plain model has.
+``parametrizations.NAME.original``, pickling is refused, tied weights come apart, recurrent layers keep a private
+list of their weights, and a deep copy shares the injected class, so that a property removed from the copy is gone
+from the source as well. So a module gets a class of its own before it changes, a form is attached to a *parameter*
+at every owner at once, and every name outside this file is the name the plain model has.
 """
 
 from __future__ import annotations
@@ -114,6 +114,11 @@ def _distinct_owners(slot: Slot) -> list[tuple[nn.Module, str]]:
     return list(seen.values())
 
 
+def _chains(module: nn.Module) -> Any:
+    """torch's chains of parametrizations of a module, by parameter name."""
+    return module.parametrizations
+
+
 def _own_class(module: nn.Module) -> None:
     """Give a parametrized module its own injected class: deep copies share it, and properties live on it."""
     if torch_parametrize.is_parametrized(module):
@@ -125,7 +130,8 @@ def _own_class(module: nn.Module) -> None:
 def attach(slot: Slot, form: Form, latent: nn.Parameter | None = None) -> None:
     """Give the parameter a form at every owner; an earlier form is replaced (its effective weight is the start).
 
-    ``latent``: use another slot's latent tensor (a codebook shared by a group of layers). The caller has checked the phase with :func:`require_phase`.
+    ``latent``: use another slot's latent tensor (a codebook shared by a group of layers). The caller has checked the
+    phase with :func:`require_phase`.
     """
     if slot.form is not None:
         bake(slot)
@@ -134,18 +140,18 @@ def attach(slot: Slot, form: Form, latent: nn.Parameter | None = None) -> None:
     for module, _ in orders:
         _own_class(module)
     torch_parametrize.register_parametrization(first, attribute, form, unsafe=True)
-    chain = first.parametrizations[attribute]  # type: ignore[union-attr, index]
+    chain = _chains(first)[attribute]
     if latent is None:
         latent = chain.original
     chain.original = latent
     for module, name in others:
         module._parameters[name] = nn.Parameter(torch.empty(0, device=latent.device, dtype=latent.dtype))
         torch_parametrize.register_parametrization(module, name, nn.Identity(), unsafe=True)
-        chain = module.parametrizations[name]  # type: ignore[union-attr, index]
+        chain = _chains(module)[name]
         chain.original = latent
         chain[0] = form
     for module, order in orders:
-        module.parametrizations.plain_order = order  # type: ignore[union-attr]
+        _chains(module).plain_order = order
         if isinstance(module, nn.RNNBase) and _refresh_flat_weights not in module._forward_pre_hooks.values():
             module.register_forward_pre_hook(_refresh_flat_weights)
             module.register_forward_hook(_forget_flat_weights)
@@ -161,8 +167,8 @@ def bake(slot: Slot) -> None:
     for module, attribute in _distinct_owners(slot):
         order = _plain_order(module)
         _own_class(module)
-        module.parametrizations[attribute].original = nn.Parameter(torch.empty(0))  # type: ignore[union-attr, index]
-        module.parametrizations[attribute][0] = nn.Identity()  # type: ignore[union-attr, index]
+        _chains(module)[attribute].original = nn.Parameter(torch.empty(0))
+        _chains(module)[attribute][0] = nn.Identity()
         torch_parametrize.remove_parametrizations(module, attribute, leave_parametrized=True)
         module._parameters[attribute] = parameter
         for name in order:
@@ -262,6 +268,8 @@ def restore_forms(model: nn.Module, specs: Mapping[str, dict[str, Any]]) -> None
     available = slots(model)
     for name, spec in specs.items():
         if name not in available or spec.get("kind") not in FORMS:
-            raise ModelError(f"the checkpoint gives {name!r} the form {spec.get('kind')!r}; this model has no such weight.")
+            raise ModelError(
+                f"the checkpoint gives {name!r} the form {spec.get('kind')!r}; this model has no such weight."
+            )
         leader = available[spec["latent"]].latent if "latent" in spec else None
         attach(available[name], FORMS[spec["kind"]].blank(dict(spec), available[name].value()), leader)

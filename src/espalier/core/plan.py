@@ -39,7 +39,7 @@ MAX_ELEMENTS, MAX_DEPTH = 2**31, 64
 
 
 def build(spec: Mapping[str, Any]) -> nn.Module:
-    """The module a spec describes: ``{"class": "Linear", "args": {...}}`` or ``{"class": "Sequential", "children": [...]}``.
+    """The module of a spec: ``{"class": "Linear", "args": {...}}``, ``{"class": "Sequential", "children": [...]}``.
 
     Raises ``Corrupt`` for anything else, ``LimitExceeded`` before memory is taken for more than ``MAX_ELEMENTS``.
     """
@@ -58,7 +58,9 @@ def _build(spec: Any, depth: int) -> nn.Module:
     if name == "Sequential" and isinstance(children, (list, tuple)):
         return nn.Sequential(*(_build(child, depth - 1) for child in children))
     if not isinstance(name, str) or name not in SPEC_CLASSES:
-        raise Corrupt(f"a plan names the module class {name!r}.{did_you_mean(str(name), [*SPEC_CLASSES, 'Sequential'])}")
+        raise Corrupt(
+            f"a plan names the module class {name!r}.{did_you_mean(str(name), [*SPEC_CLASSES, 'Sequential'])}"
+        )
     if not isinstance(given, Mapping) or "device" in given:
         raise Corrupt(f"a plan builds {name} with {given!r}; arguments are a mapping and name no device.")
     arguments = {key: tuple(v) if isinstance(v, list) else v for key, v in given.items()}
@@ -126,7 +128,9 @@ class Keep(Edit):
     def _take(self, tensor: torch.Tensor) -> torch.Tensor:
         allowed = range(tensor.shape[self.dim]) if -tensor.ndim <= self.dim < tensor.ndim else None
         if allowed is None or not all(index in allowed for index in self.index):
-            raise ModelError(f"the plan keeps indices of dimension {self.dim} that {self.tensor} {tuple(tensor.shape)} lacks.")
+            raise ModelError(
+                f"the plan keeps indices of dimension {self.dim} that {self.tensor} {tuple(tensor.shape)} lacks."
+            )
         return tensor.index_select(self.dim, torch.tensor(self.index, dtype=torch.long)).clone()
 
 
@@ -175,7 +179,7 @@ class Fold(Edit):
         if norm.num_features != slot.shape[0] or len(slot.owners) > 1:
             raise ModelError(
                 f"{self.norm} ({norm.num_features} channels) cannot be folded into {self.into}: its weight "
-                f"{tuple(slot.shape)} {'is shared: ' + ', '.join(slot.names) if len(slot.owners) > 1 else 'has others'}."
+                f"{tuple(slot.shape)} {'is shared by ' + ', '.join(slot.names) if len(slot.owners) > 1 else 'differs'}."
             )
         require_phase(slot, ("dense", "mask"), f"folding {self.norm}")
         with torch.no_grad():
@@ -186,13 +190,14 @@ class Fold(Edit):
         _set_module(model, self.norm, nn.Identity())
 
 
-def scale_and_shift(norm: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+def scale_and_shift(norm: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """A batch norm in eval mode as ``scale * x + shift`` per channel, computed in float64, shape (channels,)."""
-    mean, var = norm.running_mean.double(), norm.running_var.double()  # type: ignore[union-attr, operator]
-    weight = norm.weight.double() if norm.weight is not None else torch.ones_like(mean)  # type: ignore[union-attr, operator]
-    bias = norm.bias.double() if norm.bias is not None else torch.zeros_like(mean)  # type: ignore[union-attr, operator]
-    scale = weight / torch.sqrt(var + norm.eps)  # type: ignore[operator]
-    return scale.to(norm.running_mean.dtype), (bias - mean * scale).to(norm.running_mean.dtype)  # type: ignore[union-attr, arg-type]
+    mean, var = norm.running_mean.double(), norm.running_var.double()
+    weight = norm.weight.double() if norm.weight is not None else torch.ones_like(mean)
+    bias = norm.bias.double() if norm.bias is not None else torch.zeros_like(mean)
+    scale = weight / torch.sqrt(var + norm.eps)
+    dtype = norm.running_mean.dtype
+    return scale.to(dtype), (bias - mean * scale).to(dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,11 +215,11 @@ class Normalise(Edit):
         for _, norm in self.norms(model):
             with torch.no_grad():
                 scale, shift = scale_and_shift(norm)
-                norm.weight.copy_(scale)  # type: ignore[operator, union-attr]
-                norm.bias.copy_(shift)  # type: ignore[operator, union-attr]
+                norm.weight.copy_(scale)
+                norm.bias.copy_(shift)
             self.reset(norm)
 
-    def norms(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
+    def norms(self, model: nn.Module) -> list[tuple[str, Any]]:
         """The batch norms this edit works on."""
         return [
             (path, module)
@@ -226,12 +231,12 @@ class Normalise(Edit):
         ]
 
     @staticmethod
-    def reset(norm: nn.Module) -> None:
+    def reset(norm: Any) -> None:
         """Set the statistics to mean 0, variance 1 - eps, no batch seen."""
-        norm.running_mean.zero_()  # type: ignore[operator, union-attr]
-        norm.running_var.fill_(1 - norm.eps)  # type: ignore[operator, union-attr]
+        norm.running_mean.zero_()
+        norm.running_var.fill_(1 - norm.eps)
         if norm.num_batches_tracked is not None:
-            norm.num_batches_tracked.zero_()  # type: ignore[operator, union-attr]
+            norm.num_batches_tracked.zero_()
 
     def statistics(self, model: nn.Module) -> set[str]:
         """Names of the buffers that need no storing once the edit is applied."""
@@ -276,7 +281,11 @@ class SetAttribute(Edit):
         now = module.__dict__.get(self.name)
         if not isinstance(now, (int, float, str, tuple, list)):
             raise UnknownNameError(f"{self.path} has no plain attribute {self.name!r} that a plan may set.")
-        value = type(now)(self.value) if isinstance(now, (tuple, list)) and isinstance(self.value, (tuple, list)) else self.value
+        value = (
+            type(now)(self.value)
+            if isinstance(now, (tuple, list)) and isinstance(self.value, (tuple, list))
+            else self.value
+        )
         if type(value) is not type(now):
             raise ModelError(f"the plan sets {self.path}.{self.name} to {value!r}; it holds a {type(now).__name__}.")
         setattr(module, self.name, value)
@@ -318,6 +327,8 @@ class Plan:
             edit = EDITS.get(str(item.get("edit")))
             hints = {f.name: get_type_hints(edit)[f.name] for f in dataclasses.fields(edit)} if edit is not None else {}
             if edit is None or set(given) != set(hints) or not all(fits(hints[name], v) for name, v in given.items()):
-                raise Corrupt(f"a plan holds the edit {dict(item)!r}; allowed kinds: {', '.join(EDITS)}, with all their fields.")
+                raise Corrupt(
+                    f"a plan holds the edit {dict(item)!r}; allowed kinds: {', '.join(EDITS)}, with all their fields."
+                )
             edits.append(edit(**given))
         return cls(tuple(edits))

@@ -1,10 +1,10 @@
 """Recipe: techniques in order, itself a technique; plain data and YAML both ways.
 
-    steps:
-      - prune.prune: {criterion: magnitude, sparsity: 0.9, epochs: 10}
-      - share.kmeans: {bits: {"type:Conv2d": 8, "type:Linear": 5}}
-      - train.finetune                     # a step with its defaults
-    file: {floats: fp16}
+steps:
+  - prune.prune: {criterion: magnitude, sparsity: 0.9, epochs: 10}
+  - share.kmeans: {bits: {"type:Conv2d": 8, "type:Linear": 5}}
+  - train.finetune                     # a step with its defaults
+file: {floats: fp16}
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class FileOptions:
-    """How the result is written. ``floats``: ``auto`` tries the narrower forms on val and keeps what the metric allows."""
+    """How the result is written. ``floats``: ``auto`` takes fp16 where the metric on val allows it."""
 
     coders: tuple[str, ...] = ("adaptive", "rans", "huffman")
     floats: typing.Literal["auto", "fp32", "fp16"] = "auto"
@@ -38,7 +38,9 @@ class FileOptions:
         hints = typing.get_type_hints(type(self))
         bad = [f"{name}={getattr(self, name)!r}" for name, hint in hints.items() if not fits(hint, getattr(self, name))]
         if bad:
-            raise UsageError(f"file: {', '.join(bad)} not allowed; floats is auto, fp32 or fp16, coders a list of names.")
+            raise UsageError(
+                f"file: {', '.join(bad)} not allowed; floats is auto, fp32 or fp16, coders a list of names."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +83,8 @@ class Recipe(Technique):
         for key in options:
             if key not in names:
                 raise UsageError(f"file has no option {key!r}.{did_you_mean(str(key), names)}")
-        file = FileOptions(**{name: tuple(v) if isinstance(v, list) else v for name, v in options.items()})
+        given: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in options.items()}
+        file = FileOptions(**given)
         return cls(steps=tuple(step_from_data(step) for step in data.get("steps", [])), file=file)
 
     def to_yaml(self) -> str:

@@ -31,7 +31,9 @@ def register(verb: str, classes: tuple[type[Method], ...]) -> tuple[type[Method]
                 raise UsageError(f"{where}: field {field.name!r} needs a default; a method must run as it stands.")
         card = cls.card()
         if not card.summary or not card.paper:
-            raise UsageError(f"{where}: the file header needs a first line and 'Paper' ('Paper  none' where there is none).")
+            raise UsageError(
+                f"{where}: the file header needs a first line and 'Paper' ('Paper  none' where there is none)."
+            )
         cls.verb = verb
         table[cls.id] = cls
     return classes

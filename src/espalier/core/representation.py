@@ -275,9 +275,7 @@ class Affine(Representation):
             _refuse(f"affine codes {codes.shape}, scale {scale.shape}, zero point {zero.shape} for shape {shape}")
         if codes.dtype.kind not in "iu" or zero.dtype.kind not in "iu" or scale.dtype.kind != "f":
             _refuse("affine codes and zero points are integers, scales are floats")
-        return cls(
-            shape=shape, dtype=dtype, codes=codes, scale=scale, zero_point=zero, bits_per_code=bits, axis=axis
-        )
+        return cls(shape=shape, dtype=dtype, codes=codes, scale=scale, zero_point=zero, bits_per_code=bits, axis=axis)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -329,9 +327,7 @@ class Codebook(Representation):
 KINDS: dict[str, type[Representation]] = {cls.kind: cls for cls in (Dense, Masked, Affine, Codebook)}
 
 
-def from_state(
-    kind: str, shape: tuple[int, ...], dtype: str, meta: Meta, parts: Mapping[str, Array]
-) -> Representation:
+def from_state(kind: str, shape: tuple[int, ...], dtype: str, meta: Meta, parts: Mapping[str, Array]) -> Representation:
     """Rebuild a representation from untrusted ``meta`` and ``parts``; raises ``Corrupt`` if they do not fit."""
     if kind not in KINDS or dtype not in DTYPES:
         _refuse(f"unknown kind {kind!r} or dtype {dtype!r}")

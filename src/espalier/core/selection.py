@@ -1,4 +1,4 @@
-"""Selection: which parameters a technique works on. By name pattern, by layer type, by position; a value with a count."""
+"""Selection: which parameters a technique works on. By name pattern, type or position; a value with a count."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LAYER_TYPES: dict[str, type[nn.Module]] = {
 
 
 def matches(pattern: str, slot: Slot, position: int) -> bool:
-    """Whether a parameter answers to ``type:Conv2d``, ``#0`` (position, ``#-1`` the last) or a name pattern with ``*``."""
+    """Whether a parameter answers to ``type:Conv2d``, ``#0`` (position, ``#-1`` the last) or a name with ``*``."""
     if pattern.startswith("type:"):
         name = pattern[5:]
         known = LAYER_TYPES.get(name)
@@ -33,7 +33,10 @@ def matches(pattern: str, slot: Slot, position: int) -> bool:
         return isinstance(slot.module, known) if known else name in classes
     if pattern.startswith("#"):
         return str(position) == pattern[1:]
-    return any(fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name.rpartition(".")[0], pattern) for name in slot.names)
+    return any(
+        fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name.rpartition(".")[0], pattern)
+        for name in slot.names
+    )
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,9 @@ def select(model: nn.Module, patterns: tuple[str, ...], *, who: str = "the selec
     everything = weights(model)
     if patterns == ("*",):
         if not everything.count:
-            warnings.warn(f"{who}: {type(model).__name__} has no weight of two dimensions or more.", EspalierWarning, stacklevel=2)
+            warnings.warn(
+                f"{who}: {type(model).__name__} has no weight of two dimensions or more.", EspalierWarning, stacklevel=2
+            )
         return everything
     chosen: dict[str, Slot] = {}
     for pattern in patterns:
@@ -111,5 +116,7 @@ def _hint(pattern: str, everything: Selection) -> str:
     if pattern.startswith("#"):
         return f" There are {everything.count} weights: #0 is the first, #-1 the last."
     if pattern.startswith("type:"):
-        return did_you_mean(pattern, {f"type:{type(slot.module).__name__.removeprefix('Parametrized')}" for slot in everything})
+        return did_you_mean(
+            pattern, {f"type:{type(slot.module).__name__.removeprefix('Parametrized')}" for slot in everything}
+        )
     return did_you_mean(pattern, [name for slot in everything for name in (*slot.names, slot.path)])

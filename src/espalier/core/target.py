@@ -41,8 +41,12 @@ class Target:
             return cls(max_drop=max_drop, minutes=minutes)
         found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:e[0-9]+)?)\s*(x|[kKMG]i?B|B)?\s*", size)
         if not found:
-            raise UsageError(f"size {size!r} is not understood; write 10x, 200kB (1000 bytes each), 1.5MiB or a number of bytes.")
+            raise UsageError(
+                f"size {size!r} is not understood; write 10x, 200kB (1000 bytes each), 1.5MiB or a number of bytes."
+            )
         number, unit = float(found[1]), found[2] or "B"
+        if number == float("inf"):
+            raise UsageError(f"size {size!r} must be a positive number a file can have.")
         if unit == "x":
             return cls(times=number, max_drop=max_drop, minutes=minutes)
         unit = "kB" if unit == "KB" else unit

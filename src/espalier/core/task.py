@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -81,7 +81,9 @@ class Task:
             if not isinstance(data, Iterable):
                 raise DataError(f"{name} must be an iterable of batches; got {type(data).__name__}.")
         if self.metric is not None and not isinstance(self.metric, Metric):
-            raise UsageError(f"metric must be an espalier Metric; got {type(self.metric).__name__}. See espalier.tasks.")
+            raise UsageError(
+                f"metric must be an espalier Metric; got {type(self.metric).__name__}. See espalier.tasks."
+            )
 
     def data(self, split: Split) -> Iterable[Batch]:
         """The batches of a split. Raises ``NeedError`` where it is not given."""
@@ -115,10 +117,18 @@ class Task:
         """The metric that decides: the given one, accuracy for labelled data, else agreement with the original."""
         return self.metric or (Accuracy() if self.labelled else Agreement())
 
-    def measure(self, model: nn.Module, split: Split, original: nn.Module | None = None) -> Score:
+    def measure(
+        self,
+        model: nn.Module,
+        split: Split,
+        original: nn.Module | None = None,
+        *,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Score:
         """The metric of ``model`` on a split, in eval mode and without gradients; modes are restored.
 
-        ``original`` supplies the targets of an unlabelled task.
+        ``original`` supplies the targets of an unlabelled task; ``progress(done, total)`` is told after each batch,
+        total 0 where the loader does not know its length.
         """
         metric = self.scorer()
         running = metric.fresh()
@@ -126,8 +136,10 @@ class Task:
         against = isinstance(metric, Agreement)
         if against and original is None:
             raise NeedError("without labels the metric is agreement with the original model, which is not named here.")
+        data = self.data(split)
+        total = len(data) if isinstance(data, Sized) else 0
         with evaluating(model):
-            for batch in self.data(split):
+            for done, batch in enumerate(data, 1):
                 moved = to_device(batch, device)
                 output = self.predict(model, moved)
                 if against and original is not None:
@@ -136,6 +148,8 @@ class Task:
                 else:
                     target = self.target(moved)
                 running.update(output, target)
+                if progress is not None:
+                    progress(done, total)
         return running.score()
 
     def training_loss(self, output: Any, batch: Batch, original_output: Any = None) -> Tensor:
@@ -145,7 +159,9 @@ class Task:
             return self.loss(output, target)
         if target is None:
             if original_output is None:
-                raise NeedError("training without labels or a loss follows the original model, which is not named here.")
+                raise NeedError(
+                    "training without labels or a loss follows the original model, which is not named here."
+                )
             return F.mse_loss(first_tensor(output), first_tensor(original_output))
         return F.cross_entropy(output, target)
 

@@ -97,7 +97,7 @@ def transcode_plane(
         at = code(
             data is not None, symbols, np.frombuffer(padded, dtype=np.uint8) if machine else padded, rows, cols,
             alphabet.zero, alphabet.last, max(0, top - 1).bit_length(), stride, mixing,
-            prob, full(len(prob), 0), full(INPUTS * MIX_SETS, 17000), full(cols + stride + 2, 0),
+            prob, full(len(prob), 0), full(INPUTS * MIX_SETS, 14000), full(cols + stride + 2, 0),
             full(cols + stride + 2, 0), full(cols, 0), full(cols, 0), np.array(grade) if machine else grade,
             *_constants(as_arrays=machine),
         )  # fmt: skip

@@ -18,6 +18,7 @@ from espalier.core.errors import Corrupt, RunError, UnknownNameError, did_you_me
 from espalier.core.representation import Representation, from_state
 from espalier.encode import coders
 from espalier.encode.bits import inflate
+from espalier.encode.compiled import announce
 from espalier.encode.header import PREFIX, PartEntry, PoolEntry, TensorEntry
 from espalier.encode.info import FileInfo, describe
 from espalier.encode.limits import PART_DTYPES, check_limits
@@ -154,6 +155,7 @@ class Archive:
 
     def verify(self) -> None:
         """Decode everything and check every checksum; raises ``Corrupt`` at the first fault."""
+        announce(sum(math.prod(tensor.shape) for tensor, _, _ in self._tensors.values()))
         for name in self._tensors:
             self.get(name)
         _ = self.graph, self.plans

@@ -15,7 +15,7 @@ WORTH = 1 << 18  # symbols that must come by in a process before loading the com
 
 TINY = 1 << 11  # symbols of a plane that pure Python codes sooner than the compiled kernel takes its arguments
 
-_seen = [0]  # symbols coded so far in this process
+_seen = [0]  # symbols coded or announced so far in this process
 
 Transcode = Callable[..., int]
 
@@ -36,12 +36,17 @@ def _machine_code() -> Transcode:
         return cast("Transcode", numba.njit(transcode))
 
 
+def announce(symbols: int) -> None:
+    """Say that so many symbols are about to be coded: enough of them, and the compiled kernel is loaded at once."""
+    _seen[0] += symbols
+
+
 def kernel(symbols: int, *, compiled: bool | None = None) -> tuple[Transcode, Callable[[int, int], Any], bool]:
     """``(transcode, full, compiled)`` for a plane of ``symbols``; ``full(n, x)`` makes what that kernel indexes.
 
     ``compiled`` forces one of the two; by default numba is used where it is installed and pays.
     """
-    _seen[0] += symbols
+    announce(symbols)
     if compiled is None:
         compiled = available() and symbols >= TINY and _seen[0] >= WORTH
     if compiled:

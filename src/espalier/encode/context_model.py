@@ -25,7 +25,7 @@ MIX_SETS = 2 + TREE_BITS
 INPUTS = 5
 
 
-def transcode(  # noqa: PLR0917 - numba compiles positional arguments
+def transcode(
     decoding: bool,
     symbols: Ints,
     data: Ints,

@@ -89,8 +89,8 @@ def position_share(representation: Representation, part: str) -> float:
         representation, part = representation.inner, part.removeprefix("inner.")
     if part == "mask":
         return 1.0
-    if isinstance(representation, Codebook) and part == "indices" and representation.has_zero:
-        codes, zero = representation.indices, 0
+    if isinstance(representation, Codebook) and part == "indices" and (representation.centroids == 0).any():
+        codes, zero = representation.indices, int((representation.centroids == 0).argmax())
     elif isinstance(representation, Affine) and part == "codes" and representation.zero_point.ndim == 0:
         codes, zero = representation.codes, int(representation.zero_point)
     else:

@@ -19,6 +19,7 @@ from espalier.core.representation import Affine, Codebook, Dense, Masked, Repres
 from espalier.encode.bits import deflate
 from espalier.encode.coder import Coder, Hint
 from espalier.encode.coders import resolve, smallest
+from espalier.encode.compiled import announce
 from espalier.encode.header import Header, PartEntry, PoolEntry, TensorEntry, pack_header
 from espalier.encode.info import FileInfo, describe
 from espalier.encode.read_header import parse
@@ -154,6 +155,7 @@ def build(
         raise UsageError(f"floats={floats!r}.{did_you_mean(str(floats), ('fp32', 'fp16'))}")
     if floats == "fp16":
         tensors = {name: narrowed(representation) for name, representation in tensors.items()}
+    announce(sum(representation.numel for representation in tensors.values()))
     builder = _Builder(resolve(coders))
     entries = tuple(builder.tensor(name, representation) for name, representation in tensors.items())
     pools = builder.pooled()

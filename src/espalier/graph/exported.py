@@ -10,13 +10,18 @@ import torch
 from torch import fx, nn
 
 from espalier.graph.graph import Arg, Node, Value
-from espalier.graph.operators import Operator
+from espalier.graph.operators import TABLE, Operator
 from espalier.graph.operators.schema import dtype_name
 
 NOTHING = frozenset(
     ("contiguous", "clone", "detach", "alias", "lift", "lift_fresh", "lift_fresh_copy", "positive", "requires_grad")
 )
 """Operators that hand their first argument on: a graph knows no memory layout and no gradient mode."""
+
+
+def is_free(size: Any) -> bool:
+    """Whether a size follows from the batch; export also leaves symbols that it has fixed to a number."""
+    return isinstance(size, torch.SymInt) and bool(size.node.expr.free_symbols)
 
 
 @dataclass(frozen=True)
@@ -38,8 +43,9 @@ class Builder:
     path: str = ""
 
     def emit(self, op: str, args: Mapping[str, Arg]) -> Value:
-        """Append a node and return its value."""
-        self.nodes.append(Node(op, dict(args), self.path))
+        """Append a node, its defaults left out, and return its value."""
+        said = {p.name: args[p.name] for p in TABLE[op].parameters if p.name in args and not p.is_default(args[p.name])}
+        self.nodes.append(Node(op, said, self.path))
         return Value(self.inputs + len(self.nodes) - 1)
 
     def read(self, item: Any) -> Any:
@@ -118,12 +124,3 @@ def arguments_of(operator: Operator, given: Mapping[str, Any]) -> dict[str, Arg]
             value = tuple(float(v) for v in value) if kind == "F" else float(value)
         arguments[name] = value
     return arguments
-
-
-def without_defaults(operator: Operator, arguments: Mapping[str, Arg]) -> dict[str, Arg]:
-    """``arguments`` that have to be said, in the table's order."""
-    return {
-        p.name: arguments[p.name]
-        for p in operator.parameters
-        if p.name in arguments and not p.is_default(arguments[p.name])
-    }

@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx
 
 from espalier.core.errors import ModelError
-from espalier.graph.exported import NOTHING, Builder, arguments_of, bind, target_of, without_defaults
+from espalier.graph.exported import NOTHING, Builder, arguments_of, bind, target_of
 from espalier.graph.graph import Value, Weight
 from espalier.graph.operators import BY_ATEN, TABLE
 from espalier.graph.rewrites import FILL
@@ -60,9 +60,7 @@ def _scattered(builder: Builder, view: fx.Node, base: fx.Node, value: Any) -> An
         return value
     scatter = TABLE[_SCATTER[operator.name]]
     kept = {key: item for key, item in fixed.items() if key != "self"}
-    return builder.emit(
-        scatter.name, without_defaults(scatter, {"self": builder.environment[base], "src": value, **kept})
-    )
+    return builder.emit(scatter.name, {"self": builder.environment[base], "src": value, **kept})
 
 
 def _siblings(node: fx.Node) -> list[fx.Node]:

@@ -23,7 +23,6 @@ from espalier.graph.exported import (
     first_unsupported,
     module_path_of,
     target_of,
-    without_defaults,
 )
 from espalier.graph.graph import Graph, Value, Weight, leaves, references
 from espalier.graph.inplace import write_back
@@ -106,7 +105,7 @@ def _value_of(builder: Builder, node: fx.Node, full: str, name: str, given: dict
     fixed = FILL[operator.name](builder, node, arguments) if operator.name in FILL else arguments
     if isinstance(fixed, Value | Weight):
         return fixed
-    return builder.emit(operator.name, without_defaults(operator, fixed))
+    return builder.emit(operator.name, fixed)
 
 
 def _without_dead(graph: Graph) -> Graph:

@@ -10,10 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import fx, nn
 
-from espalier.graph.exported import Builder
+from espalier.graph.exported import Builder, is_free
 from espalier.graph.graph import Arg, Value, Weight
 from espalier.graph.operators.schema import MAX_INT, dtype_name
 from espalier.graph.runner import Runner
@@ -64,6 +63,20 @@ def _padding_value(builder: Builder, node: fx.Node, given: dict[str, Any]) -> An
     given["value"] = given["value"] or None
 
 
+def _joined(builder: Builder, node: fx.Node, given: dict[str, Any]) -> Any:
+    """``hstack`` and ``vstack`` of tensors that need no new dimension."""
+    full = str(node.target)
+    rank = _meta(node).dim()
+    if any(_meta(item).dim() != rank for item in node.args[0]):  # type: ignore[union-attr]
+        return None
+    return builder.emit("cat", {"tensors": given["tensors"], "dim": int("hstack" in full and rank > 1)})
+
+
+def _at_least(builder: Builder, node: fx.Node, given: dict[str, Any]) -> Any:
+    """``atleast_2d`` and the like of a tensor that has the dimensions already."""
+    return given["self"] if _meta(node.args[0]).dim() == _meta(node).dim() else None
+
+
 def _zero(builder: Builder, node: fx.Node, given: dict[str, Any]) -> Any:
     return builder.emit("zeros_like", {"self": given["self"]})
 
@@ -84,6 +97,8 @@ REWRITES: dict[str, Callable[[Builder, fx.Node, dict[str, Any]], Any]] = {
     **dict.fromkeys(("t.default", "mT.default", "numpy_T.default", "adjoint.default", "mH.default"), _transpose),
     **dict.fromkeys(("var.default", "var.dim", "std.default", "std.dim"), _unbiased),
     **dict.fromkeys(("var.correction", "std.correction"), _correction),
+    **dict.fromkeys(("hstack.default", "vstack.default"), _joined),
+    **dict.fromkeys(("atleast_1d.default", "atleast_2d.default", "atleast_3d.default"), _at_least),
     "copy.default": _copy,
     "constant_pad_nd.default": _padding_value,
     "zero.default": _zero,
@@ -96,8 +111,8 @@ def _reshape(builder: Builder, node: fx.Node, arguments: Arguments) -> Arguments
     result = _meta(node).shape
     if not isinstance(shape, tuple):
         return arguments
-    full: list[Arg] = [ours if isinstance(n, torch.SymInt) else int(n) for n, ours in zip(result, shape, strict=True)]
-    free = [k for k, n in enumerate(result) if isinstance(n, torch.SymInt)]
+    full: list[Arg] = [ours if is_free(n) else int(n) for n, ours in zip(result, shape, strict=True)]
+    free = [k for k, n in enumerate(result) if is_free(n)]
     if len(free) == 1 and 0 not in full:
         full[free[0]] = -1
     return {**arguments, "shape": tuple(full)}

@@ -12,7 +12,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, InputSpec
 
 from espalier.core.errors import ModelError
-from espalier.graph.exported import Builder, Unsupported
+from espalier.graph.exported import Builder, Unsupported, is_free
 from espalier.graph.graph import CONSTANT_PREFIX, Branch, Input, Role, TensorSpec, Tree, Value, Weight
 from espalier.graph.operators.schema import dtype_name
 from espalier.graph.trees import describe
@@ -57,7 +57,7 @@ def state_of(
 def input_of(node: fx.Node) -> Input:
     """Shape and dtype of an input; symbolic sizes are the batch."""
     value = node.meta["val"]
-    shape = tuple(None if isinstance(n, torch.SymInt) else int(n) for n in value.shape)
+    shape = tuple(None if is_free(n) else int(n) for n in value.shape)
     return Input(shape, dtype_name(value.dtype))
 
 

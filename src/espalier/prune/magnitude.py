@@ -1,8 +1,10 @@
 r"""Magnitude pruning: the smallest absolute weights go.
 
-Paper    Han, Pool, Tran, Dally. Learning both Weights and Connections for Efficient Neural Networks. NeurIPS 2015. arXiv:1506.02626
+Paper    Han, Pool, Tran, Dally. Learning both Weights and Connections for Efficient Neural Networks. NeurIPS 2015.
+         arXiv:1506.02626
 Formula  s_i = |w_i|;   the floor(sparsity * n) smallest go
-Departs  The share removed is given, the paper derives it from a threshold (see threshold); retraining is the epochs of prune.prune or a following train.finetune.
+Departs  The share removed is given, the paper derives it from a threshold (see threshold);
+         retraining is the epochs of prune.prune or a following train.finetune.
 """
 
 from __future__ import annotations

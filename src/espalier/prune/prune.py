@@ -55,7 +55,9 @@ class Prune(Training):
         if isinstance(self.sparsity, Mapping) and not isinstance(self.scope, Layer):
             found.append(f"a sparsity per pattern needs scope=layer; got scope={self.scope.id}")
         if self.schedule.final is not None and self.sparsity not in (None, self.schedule.final):
-            found.append(f"schedule {self.schedule.id} ends at {self.schedule.final}; leave sparsity={self.sparsity} unset")
+            found.append(
+                f"schedule {self.schedule.id} ends at {self.schedule.final}; leave sparsity={self.sparsity} unset"
+            )
         return found
 
     def transform(self, model: nn.Module, context: Context) -> nn.Module:
@@ -78,7 +80,9 @@ class Prune(Training):
         for slot in selection:
             require_phase(slot, ("dense", "mask"), self.name, densify=self.densify)
             if not bool(torch.isfinite(slot.value()).all()):
-                raise NumericError(f"{slot.name} holds NaN or infinity; {self.name} cannot rank it. Train with a lower learning rate.")
+                raise NumericError(
+                    f"{slot.name} holds NaN or infinity; {self.name} cannot rank it. Train with a lower learning rate."
+                )
         for name, slot in slots(model).items():
             if name not in selection.names and slot.latent.ndim >= 2:
                 context.skip(name, "not among the chosen layers")

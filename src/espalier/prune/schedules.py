@@ -1,6 +1,7 @@
 r"""Sparsity schedules: how fast the pruned share grows during training.
 
-Paper    Zhu, Gupta. To prune, or not to prune. ICLR workshop 2018. arXiv:1710.01878 (cubic); Han et al. 2015 (listed, iterative)
+Paper    Zhu, Gupta. To prune, or not to prune. ICLR workshop 2018. arXiv:1710.01878 (cubic);
+         Han et al. 2015 (listed, iterative)
 Formula  u = clip((t - start) / (end - start), 0, 1);   linear: s = s_f u;   cubic: s = s_f + (s_0 - s_f)(1 - u)^3
 Departs  t is the share of the training done, not a step count, so a schedule fits any number of epochs.
 """

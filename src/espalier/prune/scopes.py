@@ -37,5 +37,5 @@ class Global(Scope):
             return {}
         together = torch.cat([score.reshape(-1) for score in scores.values()])
         removed = smallest(together, int(sparsity * together.numel() + 1e-9))
-        parts = removed.split([score.numel() for score in scores.values()])
+        parts = torch.split(removed, [score.numel() for score in scores.values()])
         return {name: part.reshape(scores[name].shape) for name, part in zip(scores, parts, strict=True)}

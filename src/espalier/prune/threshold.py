@@ -1,6 +1,7 @@
 r"""Threshold pruning: every weight below a threshold goes, absolute or relative to the layer's spread.
 
-Paper    Han, Pool, Tran, Dally. Learning both Weights and Connections for Efficient Neural Networks. NeurIPS 2015. arXiv:1506.02626 (section 3.2)
+Paper    Han, Pool, Tran, Dally. Learning both Weights and Connections for Efficient Neural Networks. NeurIPS 2015.
+         arXiv:1506.02626 (section 3.2)
 Formula  t = value, or quality * std(w of the layer);   w_i goes where |w_i| < t
 Departs  The standard deviation is taken over the weights that are still there.
 """

@@ -27,7 +27,7 @@ WEAKEST, STRONGEST = 0.5, 0.985
 
 def sparsity_at(strength: float) -> float:
     """Strength 0..1 -> sparsity."""
-    kept = (1 - WEAKEST) * ((1 - STRONGEST) / (1 - WEAKEST)) ** strength
+    kept: float = (1 - WEAKEST) * ((1 - STRONGEST) / (1 - WEAKEST)) ** strength
     return 1 - kept
 
 

@@ -50,19 +50,20 @@ def cluster(
     if algorithm == "lloyd":
         centroids = lloyd(values, k, init=init, rng=rng)
     else:
-        distinct, counts = np.unique(values, return_counts=True)
-        if len(distinct) > bins:
-            distinct, counts, error = histogram(values, bins)
-        centroids = exact(distinct, k, weights=counts.astype(np.float64))
+        points, repeats = np.unique(values, return_counts=True)
+        counts = repeats.astype(np.float64)
+        if len(points) > bins:
+            points, counts, error = histogram(values, bins)
+        centroids = exact(points, k, weights=counts)
     return Clustering(centroids, zero, squared_error(values, centroids), error)
 
 
 def assign(weight: Tensor, centroids: Floats, *, zero: bool) -> Tensor:
-    """Symbol of every weight (int32, the weight's shape): its nearest centroid; with ``zero`` exact zeros are symbol 0."""
+    """Symbol of every weight (int32, its shape): the nearest centroid; with ``zero`` exact zeros are symbol 0."""
     if not len(centroids):
         return torch.zeros(weight.shape, dtype=torch.int32, device=weight.device)
     middle = torch.from_numpy((centroids[1:] + centroids[:-1]) / 2).to(weight.device)
-    index = torch.bucketize(weight.double(), middle, out_int32=True)
+    index = torch.bucketize(weight.double().contiguous(), middle, out_int32=True)
     return torch.where(weight == 0, 0, index + 1) if zero else index
 
 
@@ -115,7 +116,7 @@ class KMeans(Training):
         if not bool(torch.isfinite(flat).all()):
             raise NumericError(f"{members[0].name} holds NaN or infinity; {self.name} cannot cluster it.")
         zero = self.keep_zero and bool((flat == 0).any())
-        values = np.sort((flat[flat != 0] if zero else flat).numpy()).astype(np.float64)
+        values = np.sort((flat[flat != 0] if zero else flat).double().numpy())
         rng = np.random.default_rng(context.generator(members[0].name).initial_seed())
         found = cluster(values, bits, algorithm=self.algorithm, init=self.init, bins=self.bins, zero=zero, rng=rng)
         latent: nn.Parameter | None = None

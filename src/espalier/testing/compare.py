@@ -14,6 +14,7 @@ from espalier.core.forms import from_numpy
 from espalier.core.model import evaluating, modes, tensor_bytes
 from espalier.core.parametrize import freeze, plain, slots
 from espalier.core.task import Task
+from espalier.encode import encode, open_file
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -65,9 +66,16 @@ def effective(model: nn.Module) -> dict[str, Tensor]:
     return {name: slot.value() for name, slot in slots(model).items()}
 
 
-def frozen_copy(model: nn.Module) -> nn.Module:
-    """The plain structure of ``model``, every stored tensor wiped and then filled from ``freeze(model)`` alone."""
+def frozen_copy(model: nn.Module, *, through_file: bool = False) -> nn.Module:
+    """The plain structure of ``model``, every stored tensor wiped and then filled from ``freeze(model)`` alone.
+
+    ``through_file``: from the bytes of a file that holds the frozen tensors.
+    """
     tensors, aliases = freeze(model)
+    if through_file:
+        with open_file(encode(tensors, aliases=aliases)) as archive:
+            tensors = {name: archive.representation(name) for name in archive}
+            aliases = archive.aliases
     host = plain(model)
     stored = {name: from_numpy(frozen.dense(), frozen.dtype).reshape(frozen.shape) for name, frozen in tensors.items()}
     with torch.no_grad():

@@ -38,7 +38,7 @@ class Penalties(Callback):
         """Look the weights up: another callback may have changed their form."""
         self.weights = [s for s in slots(loop.model).values() if s.latent.requires_grad and len(s.shape) >= 2]
 
-    def loss(self, loop: Loop, batch: Any, output: Any, loss: Tensor) -> Tensor:  # noqa: ARG002 - the contract's form
+    def loss(self, loop: Loop, batch: Any, output: Any, loss: Tensor) -> Tensor:
         """The loss with the penalties added."""
         values = [slot.latent if slot.form is None else slot.form(slot.latent) for slot in self.weights]
         if not values:

@@ -44,7 +44,7 @@ class Constant(LearningRateSchedule):
 
     id: ClassVar[str] = "constant"
 
-    def decay(self, progress: float) -> float:  # noqa: ARG002 - constant in it
+    def decay(self, progress: float) -> float:
         """Always 1."""
         return 1.0
 

@@ -48,6 +48,10 @@ def _product_macs(args: Metas, out: Tensor) -> int:
     return out.numel() * int(first.shape[-1])
 
 
+def _outer_macs(args: Metas, out: Tensor) -> int:
+    return out.numel()
+
+
 def _bilinear_macs(args: Metas, out: Tensor) -> int:
     return out.numel() * _volume(args["weight"].shape[1:]) + out.numel() * int(args["weight"].shape[-1])
 
@@ -171,6 +175,7 @@ OPERATORS: tuple[Operator, ...] = (
         "weight:T indices:T padding_idx:i=-1 scale_grad_by_freq:b=False sparse:b=False",
         torch.embedding,
     ),
+    row(25, "outer", "outer", "self:T vec2:T", torch.outer, macs=_outer_macs),
     row(19, "weight_norm", "_weight_norm", "v:T g:T dim:i=0", torch._weight_norm),
     row(
         15,

@@ -183,6 +183,10 @@ _PICKING: tuple[Operator, ...] = (
         torch.slice_scatter,
     ),
     row(196, "one_hot", "one_hot", "self:T num_classes:p", F.one_hot),
+    row(283, "index_put", "index_put", "self:T indices:L? values:T accumulate:b=False", aten.index_put.default),
+    row(284, "scatter", "scatter.src scatter.value", "self:T dim:i index:T src:O", torch.scatter, rename="value=src"),
+    row(285, "scatter_add", "scatter_add", "self:T dim:i index:T src:T", torch.scatter_add),
+    row(286, "index_add", "index_add", "self:T dim:i index:T source:T *alpha:#=1", torch.index_add),
     row(197, "meshgrid", "meshgrid meshgrid.indexing", "tensors:L *indexing:{ij,xy}='ij'", _meshgrid),
 )
 _MAKING: tuple[Operator, ...] = (

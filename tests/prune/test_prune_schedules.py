@@ -1,0 +1,175 @@
+"""How sparsity grows: known points, monotone growth, and that training follows it and holds the masks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from espalier.core.callback import Callback, Loop
+from espalier.core.context import Context
+from espalier.core.task import classification
+from espalier.prune import Cubic, Global, Layer, Linear, Listed, OneShot, Prune, Random, Schedule, Threshold
+from espalier.prune.schedules import ramp
+from espalier.testing import EXAMPLES, effective
+from espalier.train import SGD, EarlyStopping, Finetune
+
+BY_NAME = {example.name: example for example in EXAMPLES}
+
+
+@pytest.mark.parametrize(
+    ("schedule", "points"),
+    [
+        (OneShot(), {0.0: 0.8, 0.3: 0.8, 1.0: 0.8}),
+        (Linear(), {0.0: 0.0, 0.35: 0.4, 0.7: 0.8, 1.0: 0.8}),
+        (Linear(start=0.2, end=0.6), {0.0: 0.0, 0.2: 0.0, 0.3: 0.2, 0.4: 0.4, 0.6: 0.8, 0.9: 0.8}),
+        (Cubic(), {0.0: 0.0, 0.35: 0.8 * 0.875, 0.7: 0.8, 1.0: 0.8}),
+        (Cubic(start=0.0, end=1.0, initial=0.4), {0.0: 0.4, 0.5: 0.75, 1.0: 0.8}),
+        (Cubic(initial=0.9), {0.0: 0.8, 0.5: 0.8, 1.0: 0.8}),
+        (Listed(values=(0.2, 0.5, 0.8)), {0.0: 0.2, 0.33: 0.2, 0.34: 0.5, 0.66: 0.5, 0.67: 0.8, 1.0: 0.8}),
+    ],
+)
+def test_known_points(schedule: Schedule, points: dict[float, float]) -> None:
+    assert {t: schedule.sparsity(t, 0.8) for t in points} == pytest.approx(points)
+
+
+def test_cubic_is_the_papers_formula() -> None:
+    """Zhu, Gupta 2018, equation 1: s_t = s_f + (s_i - s_f)(1 - (t - t_0) / (n dt))^3."""
+    s_i, s_f, t_0, n = 0.1, 0.9, 20, 60
+    schedule = Cubic(start=t_0 / 100, end=(t_0 + n) / 100, initial=s_i)
+    for t in range(t_0, t_0 + n + 1):
+        expected = s_f + (s_i - s_f) * (1 - (t - t_0) / n) ** 3
+        assert schedule.sparsity(t / 100, s_f) == pytest.approx(expected, abs=1e-12)
+
+
+schedules = st.one_of(
+    st.just(OneShot()),
+    st.builds(Linear, start=st.floats(0, 0.4), end=st.floats(0.5, 1)),
+    st.builds(Cubic, start=st.floats(0, 0.4), end=st.floats(0.5, 1), initial=st.floats(0, 1)),
+    st.lists(st.floats(0, 1), min_size=1, max_size=5).map(lambda v: Listed(values=tuple(sorted(v)))),
+)
+
+
+@given(schedule=schedules, final=st.floats(0, 1), a=st.floats(0, 1), b=st.floats(0, 1))
+def test_sparsity_never_shrinks_and_ends_where_it_should(schedule: Schedule, final: float, a: float, b: float) -> None:
+    final = schedule.final if schedule.final is not None else final
+    low, high = sorted((a, b))
+    assert 0 <= schedule.sparsity(low, final) <= schedule.sparsity(high, final) + 1e-12
+    assert schedule.sparsity(1.0, final) == pytest.approx(final, abs=1e-12)
+
+
+def test_ramp() -> None:
+    assert [ramp(t, 0.25, 0.75) for t in (0, 0.25, 0.5, 0.75, 1)] == [0, 0, 0.5, 1, 1]
+
+
+# --- in training -------------------------------------------------------------------------------------------------
+
+
+def net() -> nn.Sequential:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(10, 20), nn.ReLU(), nn.Linear(20, 3))
+
+
+def task() -> Any:
+    generator = torch.Generator().manual_seed(0)
+    data = [(torch.randn(4, 10, generator=generator), torch.arange(4) % 3) for _ in range(10)]
+    return classification(data, data[:1])
+
+
+class Watch(Callback):
+    """Notes the share of zeros after every step."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, float]] = []
+
+    def after_step(self, loop: Loop) -> None:
+        found = [weight for weight in effective(loop.model).values() if weight.ndim == 2]
+        self.seen.append((loop.step, sum(int((w == 0).sum()) for w in found) / sum(w.numel() for w in found)))
+
+
+class Watched(Prune):
+    """Prune, watched."""
+
+    def train(self, *args: Any, callbacks: Any = (), **options: Any) -> Any:
+        return super().train(*args, callbacks=(*callbacks, WATCH[0]), **options)
+
+
+WATCH = [Watch()]
+
+
+@pytest.mark.parametrize(
+    "schedule", [OneShot(), Linear(start=0.1), Cubic(), Listed(values=(0.25, 0.5, 0.75))], ids=lambda s: s.id
+)
+@pytest.mark.parametrize("scope", [Layer(), Global()], ids=lambda s: s.id)
+def test_masks_follow_the_schedule(schedule: Schedule, scope: Layer | Global) -> None:
+    WATCH[0] = Watch()
+    sparsity = None if schedule.final is not None else 0.75
+    method = Watched(schedule=schedule, scope=scope, sparsity=sparsity, epochs=4, every=2, optimizer=SGD(), lr=0.05)
+    result = method(net(), Context(task=task()))
+    seen = WATCH[0].seen
+    assert len(seen) == 40
+    for step, found in seen:
+        asked = schedule.sparsity(step // 2 * 2 / 40, 0.75)
+        assert found == pytest.approx(asked, abs=2.1 / 260), f"after step {step}"
+    weights = [w for w in effective(result).values() if w.ndim == 2]
+    assert [int((w == 0).sum()) for w in weights] == [150, 45] or isinstance(scope, Global)
+    assert sum(int((w == 0).sum()) for w in weights) == 195
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_masks_hold_through_fine_tuning(optimizer: str) -> None:
+    from espalier.core.recipe import step_from_data
+
+    pruned = Prune(sparsity=0.6)(net())
+    tuning = step_from_data(
+        {"train.finetune": {"epochs": 3, "lr": 0.05, "optimizer": {optimizer: {"weight_decay": 0.01}}}}
+    )
+    tuned = tuning(pruned, Context(task=task()))
+    for name, weight in effective(pruned).items():
+        if weight.ndim == 2:
+            assert torch.equal(effective(tuned)[name] == 0, weight == 0)
+            assert not torch.equal(effective(tuned)[name], weight)
+
+
+def test_early_stopping_never_returns_a_model_less_sparse_than_asked() -> None:
+    method = Prune(
+        sparsity=0.9, schedule=Linear(end=0.6), epochs=5, stopping=EarlyStopping(patience=1), optimizer=SGD(), lr=0.5
+    )
+    result = method(net(), Context(task=task()))
+    assert [int((w == 0).sum()) for w in effective(result).values() if w.ndim == 2] == [180, 54]
+
+
+@pytest.mark.parametrize("criterion", [Random(), Threshold(quality=0.5)], ids=lambda c: c.id)
+def test_every_criterion_prunes_while_training(criterion: Any) -> None:
+    method = Prune(criterion=criterion, schedule=Cubic(), epochs=2, every=3, lr=0.01)
+    one, again = (method(net(), Context(task=task())) for _ in range(2))
+    for name, weight in effective(one).items():
+        assert torch.equal(weight, effective(again)[name])
+        if weight.ndim == 2:
+            assert 0 < int((weight == 0).sum()) < weight.numel()
+
+
+def test_one_shot_repairs_better_than_no_repair() -> None:
+    pruned = Prune(sparsity=0.5)(net())
+    repaired = Prune(sparsity=0.5, epochs=10, lr=0.01)(net(), Context(task=task()))
+    whole = task()
+    losses = []
+    for model in (pruned, repaired):
+        with torch.no_grad():
+            losses.append(sum(float(whole.training_loss(model(b[0]), b)) for b in whole.data("train")))
+    assert losses[1] < losses[0]
+
+
+def test_a_frozen_layer_is_pruned_but_never_trained() -> None:
+    example = BY_NAME["frozen"]
+    model = example.build()
+    result = Finetune(epochs=2, lr=0.1)(Prune(sparsity=0.5)(model), Context(task=example.task()))
+    weight = effective(result)["0.weight"]
+    kept = weight != 0
+    assert int(kept.sum()) == 24
+    assert torch.equal(weight[kept], model[0].weight[kept])
