@@ -8,8 +8,18 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from espalier import data, encode, graph, measure, prune, recipes, report, runs, share, tasks, train
+if TYPE_CHECKING:  # "import a.b as b": a from-import of itself would be typed by __getattr__, as Any
+    import espalier.data as data  # noqa: PLR0402
+    import espalier.encode as encode  # noqa: PLR0402
+    import espalier.graph as graph  # noqa: PLR0402
+    import espalier.measure as measure  # noqa: PLR0402
+    import espalier.prune as prune  # noqa: PLR0402
+    import espalier.recipes as recipes  # noqa: PLR0402
+    import espalier.report as report  # noqa: PLR0402
+    import espalier.runs as runs  # noqa: PLR0402
+    import espalier.share as share  # noqa: PLR0402
+    import espalier.tasks as tasks  # noqa: PLR0402
+    import espalier.train as train  # noqa: PLR0402
     from espalier.api import compress, load
     from espalier.core.context import Context
     from espalier.core.metric import Metric

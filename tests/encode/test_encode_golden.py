@@ -6,12 +6,14 @@
 from __future__ import annotations
 
 import os
+import zlib
 from pathlib import Path
 
 import pytest
 
 from espalier.encode import encode, open_file
 from espalier.encode.adaptive import Adaptive
+from espalier.encode.bits import deflate
 from espalier.encode.huffman import Huffman
 from espalier.encode.packed import Packed
 from espalier.encode.planes import Planes
@@ -50,6 +52,10 @@ def test_golden_files_read_as_they_were_written(name):
         assert all(same(archive.representation(key), tensors[key]) for key in tensors)
 
 
+SAME_ZLIB = zlib.crc32(deflate(bytes(range(256)) * 9 + b"espalier" * 40)) == 226539207
+
+
+@pytest.mark.skipif(not SAME_ZLIB, reason="another zlib deflates the header differently")
 @pytest.mark.parametrize("name", CASES)
 def test_the_encoder_still_writes_the_golden_bytes(name):
     assert golden(name)[1] == (FOLDER / f"{name}.espalier").read_bytes()

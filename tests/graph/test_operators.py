@@ -98,3 +98,22 @@ def test_runners_are_called_with_the_table_s_order():
             continue
         positional = [p for p in operator.parameters if not p.keyword]
         assert len(positional) <= sum(kind in (0, 1) for kind in kinds), operator.name
+
+
+def test_defaults_torch_does_not_declare_never_change():
+    """They stand in no file, so files of today would mean something else tomorrow."""
+    frozen = {
+        ("batch_norm", "momentum"): 0.1,
+        ("batch_norm", "eps"): 1e-5,
+        ("batch_norm", "training"): False,
+        ("instance_norm", "use_input_stats"): True,
+        ("instance_norm", "eps"): 1e-5,
+        ("dropout", "p"): 0.5,
+        ("lstm", "dropout"): 0.0,
+        ("lstm", "batch_first"): False,
+        ("var", "correction"): 1,
+        ("pad", "value"): None,
+        ("arange", "step"): 1,
+    }
+    for (operator, name), default in frozen.items():
+        assert next(p.default for p in TABLE[operator].parameters if p.name == name) == default

@@ -18,7 +18,6 @@ from espalier.core.errors import EspalierError, UsageError
 app = typer.Typer(
     name="espalier",
     help="The smallest, fastest network that is still good enough: as a file, with the proof and the picture.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -29,6 +28,10 @@ DataDir = Annotated[Path | None, typer.Option(help="Folder of data sets; sets ES
 ProjectFile = Annotated[Path, typer.Argument(help="Python file with model() and task().")]
 File = Annotated[Path, typer.Argument(help="An .espalier file.")]
 Threads = Annotated[int | None, typer.Option(help="torch threads; results repeat for equal threads.", min=1)]
+
+
+PROJECT_NOTE = "project.txt"
+"""In a run directory: the project file of the command line, so that ``bench`` finds the original."""
 
 
 def say(text: str) -> None:
@@ -201,6 +204,7 @@ def compress(
                 loaded.model, loaded.task, chosen, out=out, size=size, max_drop=max_drop, minutes=minutes, seed=seed,
                 resume=resume, device=device, models=loaded.models, listener=listener,
             )  # fmt: skip
+    (out / PROJECT_NOTE).write_text(f"{project.resolve()}\n")
     _show(result.record, out, as_json=as_json)
     if not result.met:
         raise typer.Exit(3)
@@ -256,7 +260,9 @@ def inspect(project: ProjectFile, data_dir: DataDir = None, as_json: Json = Fals
 @app.command()
 def bench(
     run: Annotated[Path, typer.Argument(help="A run directory or an .espalier file that carries its graph.")],
-    project: Annotated[Path | None, typer.Option(help="Project file: time the original beside it.")] = None,
+    project: Annotated[
+        Path | None, typer.Option(help="Project file of the original, timed beside [the run's own].")
+    ] = None,
     batch: Annotated[int, typer.Option(help="Samples per call for the throughput.", min=1)] = 64,
     threads: Annotated[int, typer.Option(help="torch threads.", min=1)] = 1,
     repeats: Annotated[int, typer.Option(help="Timed calls of each model.", min=3)] = 100,
@@ -267,6 +273,9 @@ def bench(
     _prepare(data_dir, None)
     from espalier.cli.inspection import bench as bench_file
 
+    note = run / PROJECT_NOTE
+    if project is None and note.is_file() and Path(note.read_text().strip()).is_file():
+        project = Path(note.read_text().strip())
     found = bench_file(run, project, batch=batch, threads=threads, repeats=repeats)
     if as_json:
         emit(found)

@@ -88,11 +88,6 @@ def output_tree(program: ExportedProgram, builder: Builder) -> Tree:
     flat = [Leaf(builder.read(item)) for item in node.args[0]]
     specs = program.graph_signature.output_specs
     results = [leaf for leaf, spec in zip(flat, specs, strict=True) if spec.kind.name == "USER_OUTPUT"]
-    mutated = [str(spec.target) for spec in specs if spec.kind.name == "BUFFER_MUTATION"]
-    if mutated:
-        raise ModelError(
-            f"The model writes into its buffers {mutated} in eval mode; a graph cannot. Make it a pure function."
-        )
     return describe(torch.utils._pytree.tree_unflatten(results, program.call_spec.out_spec), plain_leaf)
 
 
