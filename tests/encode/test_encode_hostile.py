@@ -302,6 +302,8 @@ def test_codes_outside_their_type():
             decode(name, Alphabet(250, 9, 0).write() + bytes(20), np.dtype(np.uint8), (3,))
     with pytest.raises(Corrupt, match="fit"):
         decode("packed", varint(2 * 254) + bytes([2, 0b11000000]), np.dtype(np.uint8), (1,))
+    with pytest.raises(Corrupt, match="boolean"):
+        decode("planes", b"\0\1\2", np.dtype(np.bool_), (3,))
     with pytest.raises(Corrupt, match="shortest"):
         decode("packed", b"\x80\0\0", np.dtype(np.uint8), (1,))
 

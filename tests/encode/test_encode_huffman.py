@@ -82,6 +82,14 @@ def test_bits_lead_back(symbols):
     assert (decode_bits(encode_bits(array, lengths), lengths, array.size) == array).all()
 
 
+def test_padding_that_is_not_zero_is_refused():
+    lengths = np.array([1, 1], dtype=np.int64)
+    assert decode_bits(b"\x40", lengths, 2).tolist() == [0, 1]
+    for data in (b"\x41", b"\x40\0"):
+        with pytest.raises(Corrupt, match="ends after"):
+            decode_bits(data, lengths, 2)
+
+
 def test_incomplete_codes_are_refused():
     with pytest.raises(Corrupt, match="complete"):
         canonical(np.array([1, 2, 0], dtype=np.int64))

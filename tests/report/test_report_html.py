@@ -230,7 +230,7 @@ def test_the_file_is_written_whole_or_not_at_all(record, tmp_path, monkeypatch) 
 
 
 def test_a_folder_that_is_not_there(record, tmp_path) -> None:
-    with pytest.raises(RunError, match="Name a folder"):
+    with pytest.raises(RunError, match="Check that the folder exists"):
         write_html(record, tmp_path / "no" / "report.html")
 
 

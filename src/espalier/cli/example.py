@@ -11,12 +11,12 @@ from torch import nn
 
 from espalier import api
 from espalier.core.context import Context, Progress
+from espalier.core.files import write_atomic
 from espalier.core.task import Task, classification
 from espalier.data import standard
 from espalier.prune import Cubic, Global, Prune
 from espalier.recipes import DeepCompression
 from espalier.runs import Result
-from espalier.runs.directory import write_atomic
 from espalier.train import L1, Finetune
 
 
@@ -53,7 +53,7 @@ def original(kept: Path, listener: Callable[[Progress], None] | None) -> nn.Modu
         return model
     context = Context(task=task(), listener=listener, path="train the original")
     model = Finetune(epochs=25, lr=3e-3)(model, context)
-    write_atomic(kept, save(model.state_dict()))
+    write_atomic(kept, save(model.state_dict()), parents=True)
     return model
 
 

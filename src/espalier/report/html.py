@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from espalier.core.errors import RunError
+from espalier.core.files import write_atomic
 from espalier.report import units
 from espalier.report.before_after import Cell
 from espalier.report.charts import kind_class, scatter, stacked
@@ -27,22 +25,7 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-a
 
 def write_html(record: Mapping[str, Any], path: str | Path) -> Path:
     """Write the report of a record to ``path``, complete or not at all. Raises ``RunError`` if it cannot be written."""
-    path = Path(path)
-    data = page(record).encode("utf-8")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        with suppress(OSError):  # the first error is the one to tell
-            temporary.unlink(missing_ok=True)
-        raise RunError(
-            f"the report cannot be written to {path}: {error}. Name a folder that exists and has room."
-        ) from error
-    return path
+    return write_atomic(path, page(record))
 
 
 def page(record: Mapping[str, Any]) -> str:
