@@ -19,9 +19,14 @@ def machine() -> dict[str, Any]:
 
 
 def save(name: str, rows: list[dict[str, Any]]) -> Path:
-    """Write ``results/NAME.json``: every row gets the date and the machine."""
+    """Put ``rows`` into ``results/NAME.json``, each with the date and the machine.
+
+    A row replaces the earlier one of the same ``id`` and ``row``; the other rows of the file stay.
+    """
     stamp = {"date": datetime.datetime.now(datetime.UTC).date().isoformat(), "machine": machine()}
     path = RESULTS / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps([{**row, **stamp} for row in rows], indent=1) + "\n")
+    kept = {(row["id"], row.get("row")): row for row in (json.loads(path.read_text()) if path.exists() else ())}
+    kept |= {(row["id"], row.get("row")): {**row, **stamp} for row in rows}
+    path.write_text(json.dumps(list(kept.values()), indent=1) + "\n")
     return path

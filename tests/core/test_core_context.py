@@ -211,6 +211,14 @@ def test_modes_come_back_even_from_a_technique_that_changes_them() -> None:
     result = Evals()(model)
     assert [m.training for m in result.modules()] == [True, True, False, True]
 
+    @dataclass(frozen=True, kw_only=True)
+    class Looks(Draws):
+        def transform(self, model: nn.Module, context: Context) -> nn.Module:
+            assert [m.training for m in model.modules()] == [True, True, False, True]
+            return super().transform(model, context)
+
+    Recipe(steps=(Evals(), Looks()))(model)
+
 
 def test_a_failing_step_leaves_the_argument_as_it_was() -> None:
     @dataclass(frozen=True, kw_only=True)

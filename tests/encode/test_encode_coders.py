@@ -35,7 +35,7 @@ def arrays(draw):
     return draw(hnp.arrays(dtype, shape))
 
 
-@settings(max_examples=70)
+@settings(max_examples=40)
 @given(arrays())
 def test_every_coder_gives_back_the_array_bit_for_bit(values):
     for coder in ALL:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -18,8 +20,10 @@ from espalier.core.forms import Mask
 from espalier.core.method import Technique
 from espalier.core.parametrize import slots
 from espalier.core.record import Counts, Record
+from espalier.core.selection import Selection
 from espalier.prune import Criterion, Cubic, Global, Layer, Listed, Prune, Random, Threshold, Weights
 from espalier.prune.magnitude import magnitude
+from espalier.prune.parts import Scores
 from espalier.prune.threshold import threshold
 from espalier.testing import EXAMPLES, effective
 
@@ -94,6 +98,27 @@ def test_pruning_again_starts_from_what_is_there(low: float, high: float) -> Non
     for name, gone in zeros(first).items():
         assert not (gone & ~zeros(second)[name]).any()
         assert int(zeros(second)[name].sum()) == max(math.floor(s * gone.numel() + 1e-9) for s in (low, high))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LargestFirst(Criterion):
+    """Negative scores, under which what is gone already would rank last."""
+
+    id: ClassVar[str] = "largest-first"
+
+    def scores(self, model: nn.Module, selection: Selection, context: Context) -> Scores:
+        return {slot.name: -slot.value().abs() for slot in selection}
+
+
+@pytest.mark.parametrize("scope", [Layer(), Global()])
+def test_what_is_gone_counts_whatever_the_scores_are(scope: Layer | Global) -> None:
+    method = Prune(criterion=LargestFirst(), sparsity=0.5, scope=scope)
+    once = method(net())
+    with pytest.warns(EspalierWarning, match="changed nothing"):
+        twice = method(once)
+    assert sum(int(gone.sum()) for gone in zeros(once).values()) in (60, 61)
+    for name, gone in zeros(once).items():
+        assert torch.equal(zeros(twice)[name], gone)
 
 
 def test_sparsity_per_pattern() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ from torch import nn
 
 from espalier.core.callback import Callback, Loop
 from espalier.core.context import Context
+from espalier.core.metric import Metric
+from espalier.core.recipe import step_from_data
 from espalier.core.task import classification
 from espalier.prune import Cubic, Global, Layer, Linear, Listed, OneShot, Prune, Random, Schedule, Threshold
 from espalier.prune.schedules import ramp
@@ -123,8 +126,6 @@ def test_masks_follow_the_schedule(schedule: Schedule, scope: Layer | Global) ->
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_masks_hold_through_fine_tuning(optimizer: str) -> None:
-    from espalier.core.recipe import step_from_data
-
     pruned = Prune(sparsity=0.6)(net())
     tuning = step_from_data(
         {"train.finetune": {"epochs": 3, "lr": 0.05, "optimizer": {optimizer: {"weight_decay": 0.01}}}}
@@ -142,6 +143,35 @@ def test_early_stopping_never_returns_a_model_less_sparse_than_asked() -> None:
     )
     result = method(net(), Context(task=task()))
     assert [int((w == 0).sum()) for w in effective(result).values() if w.ndim == 2] == [180, 54]
+
+
+class Falling(Metric):
+    """Every measurement is worse than the one before."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def per_sample(self, output: Any, target: Any) -> torch.Tensor:
+        self.calls += 1
+        return torch.full((len(output),), -float(self.calls))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "settled"),
+    [(OneShot(), 0), (Linear(end=0.6), 2), (Cubic(end=0.7), 3), (Listed(values=(0.5, 0.75)), 2), (Linear(end=1.0), 4)],
+    ids=lambda value: getattr(value, "id", value),
+)
+def test_epochs_of_a_growing_sparsity_are_no_candidates_for_the_best(schedule: Schedule, settled: int) -> None:
+    found = []
+
+    class Kept(Prune):
+        def train(self, *args: Any, **options: Any) -> Any:
+            found.append(super().train(*args, **options))
+            return found[0]
+
+    method = Kept(schedule=schedule, epochs=5, stopping=EarlyStopping(patience=None))
+    method(net(), Context(task=dataclasses.replace(task(), metric=Falling())))
+    assert found[0].best_epoch == settled + 1
 
 
 @pytest.mark.parametrize("criterion", [Random(), Threshold(quality=0.5)], ids=lambda c: c.id)

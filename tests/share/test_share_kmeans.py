@@ -24,7 +24,7 @@ from espalier.prune import Prune
 from espalier.share import KMeans
 from espalier.share.kmeans import assign, cluster
 from espalier.testing import EXAMPLES, bits, effective, outputs
-from espalier.train import SGD, Finetune
+from espalier.train import SGD, Constant, Finetune
 
 BY_NAME = {example.name: example for example in EXAMPLES}
 
@@ -178,10 +178,7 @@ def test_epochs_fine_tune_the_centroids_by_summed_gradients() -> None:
     """One step of plain gradient descent, by brute force."""
     data = task()
     one = Task(train=list(data.data("train"))[:1], loss=data.loss)
-    options = {"lr": 0.1, "optimizer": SGD(momentum=0.0), "lr_schedule": "constant"}
-    from espalier.train import Constant
-
-    options["lr_schedule"] = Constant()
+    options = {"lr": 0.1, "optimizer": SGD(momentum=0.0), "lr_schedule": Constant()}
     start = KMeans(bits=2)(net())
     tuned = KMeans(bits=2, epochs=1, **options)(net(), Context(task=one))  # type: ignore[arg-type]
     weights = {name: w.clone().requires_grad_() for name, w in effective(start).items()}
