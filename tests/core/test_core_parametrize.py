@@ -52,6 +52,7 @@ def test_slots_name_every_parameter_of_the_plain_model_once(example: Example) ->
     assert list(found) == [name for name, _ in model.named_parameters()]
     assert {name for slot in found.values() for name in slot.names} == everything
     attached = slots(attach_all(example.build(), Mask))
+    assert list(attached) == list(found), "the order is the plain model's"
     assert {name: slot.names for name, slot in attached.items()} == {name: slot.names for name, slot in found.items()}
     assert {name: slot.shape for name, slot in attached.items()} == {name: slot.shape for name, slot in found.items()}
 

@@ -98,6 +98,13 @@ def test_tied_weights_answer_to_every_name_and_count_once() -> None:
     assert select(BY_NAME["twice"].build(), ("again",)).names == ("block.weight",)
 
 
+def test_a_name_matches_itself_whatever_characters_it_has() -> None:
+    model = nn.ModuleDict({"a[0]": nn.Linear(2, 2), "a0": nn.Linear(2, 2), "b*": nn.Linear(2, 2)})
+    assert select(model, ("a[0].weight",)).names == ("a[0].weight", "a0.weight"), "as a name and as a pattern"
+    assert select(model, ("b*",)).names == ("b*.weight",)
+    assert by_pattern(model, weights(model), {"a[0].weight": 1}, 0, who="x")["a[0].weight"] == 1
+
+
 def test_by_pattern_takes_the_last_match() -> None:
     model = net()
     chosen = select(model, ("type:Linear",))

@@ -33,10 +33,8 @@ def matches(pattern: str, slot: Slot, position: int) -> bool:
         return isinstance(slot.module, known) if known else name in classes
     if pattern.startswith("#"):
         return str(position) == pattern[1:]
-    return any(
-        fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name.rpartition(".")[0], pattern)
-        for name in slot.names
-    )
+    names = {part for name in slot.names for part in (name, name.rpartition(".")[0])}
+    return pattern in names or any(fnmatch.fnmatchcase(name, pattern) for name in names)
 
 
 @dataclass(frozen=True)

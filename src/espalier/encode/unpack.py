@@ -6,9 +6,10 @@ import json
 import os
 from typing import Any
 
+from espalier.core.files import write_atomic
 from espalier.core.representation import float32_to_bfloat16
 from espalier.encode.archive import Source, open_file
-from espalier.encode.writer import canonical_bytes, replace_file
+from espalier.encode.writer import canonical_bytes
 
 _SAFETENSORS = {
     "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32",
@@ -34,4 +35,4 @@ def unpack(source: Source, out: str | os.PathLike[str], **limits: int) -> None:
             at += len(blob)
     text = json.dumps(head, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    replace_file(out, len(text).to_bytes(8, "little") + text + b"".join(blobs))
+    write_atomic(out, len(text).to_bytes(8, "little") + text + b"".join(blobs))

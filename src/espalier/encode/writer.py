@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from espalier.core.errors import Corrupt, RunError, UsageError, did_you_mean
+from espalier.core.errors import Corrupt, UsageError, did_you_mean
+from espalier.core.files import write_atomic
 from espalier.core.representation import Affine, Codebook, Dense, Masked, Representation
 from espalier.encode.bits import deflate
 from espalier.encode.coder import Coder, Hint
@@ -145,9 +144,11 @@ def build(
     model: str = "",
     coders: Iterable[str | Coder] = ("adaptive", "rans", "huffman"),
     floats: Floats = "fp32",
+    progress: Callable[[int, int], None] | None = None,
 ) -> tuple[bytes, FileInfo]:
     """``(file, account)``. ``tensors`` in the order they get in the file; ``aliases``: tied name -> name of a tensor;
-    ``graph``: opaque bytes; ``plans``: a JSON list; ``floats``: precision of values, centroids and scales.
+    ``graph``: opaque bytes; ``plans``: a JSON list; ``floats``: precision of values, centroids and scales;
+    ``progress(done, total)`` is told the elements coded after each tensor.
 
     Raises ``UsageError`` for names, aliases, plans or meta that a file cannot hold.
     """
@@ -157,10 +158,15 @@ def build(
         tensors = {name: narrowed(representation) for name, representation in tensors.items()}
     announce(sum(representation.numel for representation in tensors.values()))
     builder = _Builder(resolve(coders))
-    entries = tuple(builder.tensor(name, representation) for name, representation in tensors.items())
+    entries, done, total = [], 0, sum(representation.numel for representation in tensors.values())
+    for name, representation in tensors.items():
+        entries.append(builder.tensor(name, representation))
+        done += representation.numel
+        if progress is not None:
+            progress(done, total)
     pools = builder.pooled()
     header = Header(
-        model, entries, pools, dict(aliases or {}), builder.opaque(graph), builder.opaque(_plans_text(plans))
+        model, tuple(entries), pools, dict(aliases or {}), builder.opaque(graph), builder.opaque(_plans_text(plans))
     )
     try:
         parse(header.to_json().encode())
@@ -181,28 +187,5 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Representation], *
     Raises ``RunError`` when ``path`` cannot be written (disk full, no such folder); an existing file then stays.
     """
     data, info = build(tensors, **options)
-    replace_file(path, data)
+    write_atomic(path, data)
     return info
-
-
-def replace_file(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write ``data`` beside ``path``, flush it to the disk and move it there. Raises ``RunError`` naming ``path``."""
-    target = Path(path)
-    temporary = ""
-    try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        Path(temporary).chmod(0o666 & ~umask)
-        Path(temporary).replace(target)
-    except OSError as error:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
-        raise RunError(
-            f"cannot write {str(target)!r} ({len(data)} bytes): {error.strerror or error}. "
-            "Free space or choose another folder; what was there before is unchanged."
-        ) from error

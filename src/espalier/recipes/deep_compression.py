@@ -14,6 +14,7 @@ from typing import ClassVar
 from torch import nn
 
 from espalier.core.context import Context
+from espalier.core.errors import UsageError
 from espalier.core.fields import Fraction
 from espalier.core.method import Technique
 from espalier.core.selection import weights
@@ -46,6 +47,15 @@ class DeepCompression(Technique):
     prune: Prune = field(default_factory=lambda: Prune(scope=Global(), schedule=Cubic(), epochs=20, lr=1e-3))
     share: KMeans = field(default_factory=KMeans)
     finetune: Finetune = field(default_factory=lambda: Finetune(epochs=5, lr=3e-4))
+
+    def conflicts(self) -> list[str]:
+        if self.strength is None:
+            return []
+        try:
+            self.prune.replace(sparsity=sparsity_at(self.strength))
+        except UsageError as error:
+            return [f"strength={self.strength} sets the sparsity ({str(error).rstrip('.')}); or set strength to null"]
+        return []
 
     def transform(self, model: nn.Module, context: Context) -> nn.Module:
         """Run the stages in order, each through ``context.run``."""
