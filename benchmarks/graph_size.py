@@ -63,8 +63,13 @@ def main() -> None:
             loaded = es.load(path)
             with torch.no_grad():
                 difference = float((loaded(x[:2]) - model(x[:2])).abs().max() / model(x[:2]).abs().max())
-        measured = {"graph_bytes": info.graph, "header_bytes": info.header, "header_bytes_without_graph": known.header,
-                    "nodes": len(frozen.graph.nodes), "largest_relative_difference": difference}
+        measured = {
+            "graph_bytes": info.graph,
+            "header_bytes": info.header,
+            "header_bytes_without_graph": known.header,
+            "nodes": len(frozen.graph.nodes),
+            "largest_relative_difference": difference,
+        }
         print(label, measured)
         rows.append({"id": "graph", "row": label, "claimed": {}, "measured": measured,
                      "setting": {"weights": weights, "batch_norm": "stored as scale and shift"}, "seed": 0})  # fmt: skip

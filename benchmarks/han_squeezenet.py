@@ -14,7 +14,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.common import save
-from benchmarks.planes_compared import compare, order_0
+from benchmarks.planes_compared import compare, method_id, order_0
 
 from espalier.core.representation import Codebook, Dense, Representation
 from espalier.encode import open_file, write
@@ -75,7 +75,7 @@ def main() -> None:
         order_0_bytes = round(sum(order_0(plane.indices) for plane in planes.values()))
         for coder, result in compare(planes).items():
             rows.append({
-                "id": "encode.planes", "row": coder, "claimed": {}, "measured": {"bytes": result},
+                "id": method_id(coder), "row": coder, "claimed": {}, "measured": {"bytes": result},
                 "setting": {"planes": len(planes), "order_0_bytes": order_0_bytes}, "seed": None,
             })  # fmt: skip
             print(f"{coder:36} {result}")

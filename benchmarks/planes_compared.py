@@ -114,6 +114,11 @@ CODERS: dict[str, Callable[[np.ndarray, np.ndarray, Hint], int]] = {
 }
 
 
+def method_id(coder: str) -> str:
+    """Our method's id for one of our coders, ``peer`` for everything else."""
+    return f"encode.{coder.split()[1].rstrip(',')}" if coder.startswith("espalier") else "peer"
+
+
 def compare(planes: Mapping[str, Any]) -> dict[str, float | str]:
     """Coder -> bytes of all ``planes`` (``Codebook``, or index arrays with 0 = pruned), or why it could not run."""
     prepared = [levels(plane) for plane in planes.values()]
