@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import json
 import os
 from pathlib import Path
@@ -23,7 +23,7 @@ def save(name: str, rows: list[dict[str, Any]]) -> Path:
 
     A row replaces the earlier one of the same ``id`` and ``row``; the other rows of the file stay.
     """
-    stamp = {"date": datetime.datetime.now(datetime.UTC).date().isoformat(), "machine": machine()}
+    stamp = {"date": dt.datetime.now(dt.UTC).date().isoformat(), "machine": machine()}
     path = RESULTS / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
     kept = {(row["id"], row.get("row")): row for row in (json.loads(path.read_text()) if path.exists() else ())}

@@ -39,7 +39,8 @@ RECIPE = """
 - train.finetune: {epochs: 4, lr: 3e-3}
 - recipes.deep-compression:
     strength: 0.6
-    prune: {prune.prune: {epochs: 8, scope: global, schedule: cubic, lr: 2e-3, optimizer: {sgd: {momentum: 0.9}}, every: 7}}
+    prune:
+      prune.prune: {epochs: 8, scope: global, schedule: cubic, lr: 2e-3, optimizer: {sgd: {momentum: 0.9}}, every: 7}
     finetune: {train.finetune: {epochs: 4, stopping: early-stopping}}
 """
 FILES = ("model.espalier", "model.weights.espalier")

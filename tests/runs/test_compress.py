@@ -12,7 +12,14 @@ from torch import nn
 
 import espalier as es
 from espalier.core.errors import (
-    DataError, EspalierWarning, NeedError, NumericError, RunError, TargetError, UnknownNameError, UsageError,
+    DataError,
+    EspalierWarning,
+    NeedError,
+    NumericError,
+    RunError,
+    TargetError,
+    UnknownNameError,
+    UsageError,
 )  # fmt: skip
 from espalier.core.recipe import FileOptions
 from espalier.prune import Prune
@@ -27,8 +34,10 @@ def compress(model, task, recipe, out, **more):
 def test_a_run_leaves_two_verified_files_that_agree(model, task, recipe, tmp_path):
     before = copy.deepcopy(model.state_dict())
     result = compress(model, task, recipe, tmp_path / "run")
-    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items()), "the user's model changed"
-    for name in ("model.espalier", "model.weights.espalier", "record.json", "report.html", "recipe.yaml", "journal.jsonl"):
+    for name, value in model.state_dict().items():
+        assert torch.equal(before[name], value), "the user's model changed"
+    files = "model.espalier model.weights.espalier record.json report.html recipe.yaml journal.jsonl"
+    for name in files.split():
         assert (tmp_path / "run" / name).exists(), name
     x = task.example()[0]
     alone = es.load(result.file)
@@ -46,7 +55,8 @@ def test_the_record_accounts_for_every_byte_and_step(model, task, recipe, tmp_pa
     assert json.loads((tmp_path / "run" / "record.json").read_text()) == record
     info = record["files"]["model.espalier"]["info"]
     tensors = sum(sum(row["bytes"].values()) for row in info["tensors"])
-    assert tensors + info["graph"] + info["header"] + info["prefix"] + info["plans"] == record["files"]["model.espalier"]["bytes"]
+    frame = sum(info[part] for part in ("graph", "header", "prefix", "plans"))
+    assert tensors + frame == info["total"] == record["files"]["model.espalier"]["bytes"]
     assert [step["path"].rpartition("/")[2] for step in record["steps"]] == ["01-prune", "02-kmeans", "03-finetune"]
     assert record["steps"][0]["after"]["nonzero"] < record["steps"][0]["before"]["nonzero"]
     assert record["steps"][1]["after"]["bytes"] < record["steps"][1]["before"]["bytes"]
@@ -145,7 +155,7 @@ def test_needs_are_named_before_any_work(model, task, tmp_path):
 def test_bad_models_and_data_are_named_before_any_work(model, task, tmp_path):
     with torch.no_grad():
         model[0].weight[0] = float("nan")
-    with pytest.raises(NumericError, match="0.weight"):
+    with pytest.raises(NumericError, match=r"0\.weight"):
         compress(model, task, Prune(sparsity=0.5), tmp_path / "run")
     with pytest.raises(DataError, match="one-shot"):
         es.tasks.classification(iter([1, 2]))
@@ -191,7 +201,7 @@ def test_into_leaves_the_receiver_alone_when_the_file_does_not_fit(model, task, 
     with pytest.raises(UsageError, match="does not fit"):
         es.load(result.file, into=other)
     assert all(torch.equal(before[name], value) for name, value in other.state_dict().items())
-    with pytest.raises(UsageError, match="into="):
+    with pytest.raises(UsageError, match="into"):
         es.load(tmp_path / "run" / "model.weights.espalier")
 
 
@@ -210,7 +220,7 @@ def test_a_model_that_cannot_be_traced_still_gets_its_weights(task, tmp_path):
         result = compress(Moody(), task, KMeans(bits=4), tmp_path / "run")
     filled = es.load(result.file, into=Moody()).eval()
     assert len(np.unique(filled.fc.weight.detach().numpy())) <= 16
-    with pytest.raises(UsageError, match="into="):
+    with pytest.raises(UsageError, match="into"):
         es.load(result.file)
 
 
@@ -277,7 +287,8 @@ def _odd_model(kind):
         return _Tied(), [(torch.randint(0, 12, (8, 5)), torch.randint(0, 12, (8,))) for _ in range(3)]
     if kind == "dict":
         return _Dict(), [
-            {"first": torch.randn(8, 6), "second": torch.randn(8, 6), "labels": torch.randint(0, 4, (8,))} for _ in range(3)
+            {"first": torch.randn(8, 6), "second": torch.randn(8, 6), "labels": torch.randint(0, 4, (8,))}
+            for _ in range(3)
         ]
     if kind == "lstm":
         return _Recurrent(), [(torch.randn(8, 4, 5), torch.randint(0, 3, (8,))) for _ in range(3)]

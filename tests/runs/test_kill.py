@@ -3,7 +3,6 @@
 import random
 
 import pytest
-
 from benchmarks.kill_resume import disturbed, prepare
 
 

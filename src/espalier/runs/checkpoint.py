@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from espalier.core.errors import RunError
@@ -45,11 +44,15 @@ def load_model(skeleton: nn.Module, path: Path) -> nn.Module:
     try:
         missing, unexpected = model.load_state_dict(tensors, strict=False)
     except RuntimeError as error:
-        raise RunError(f"{path} does not fit this model: {error}. Resume with the model the run was started with.") from error
+        raise RunError(
+            f"{path} does not fit this model: {error}. Resume with the model the run was started with."
+        ) from error
     tied = set(model.state_dict()) - set(distinct_state(model))
     if unexpected or set(missing) - tied:
         wrong = sorted(set(missing) - tied) + list(unexpected)
-        raise RunError(f"{path} does not fit this model ({', '.join(wrong[:5])}). Resume with the model the run was started with.")
+        raise RunError(
+            f"{path} does not fit this model ({', '.join(wrong[:5])}). Resume with the model the run was started with."
+        )
     return model
 
 
@@ -59,7 +62,9 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             metadata = file.metadata() or {}
         return load_file(path), metadata
     except (SafetensorError, OSError) as error:
-        raise RunError(f"the checkpoint {path} cannot be read ({error}). Delete its folder and resume: the step runs again.") from error
+        raise RunError(
+            f"the checkpoint {path} cannot be read ({error}). Delete its folder and resume: the step runs again."
+        ) from error
 
 
 class EpochFile:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,11 +13,10 @@ from torch import Tensor, nn
 from espalier.core.context import Context
 from espalier.core.errors import EspalierError, ModelError
 from espalier.core.method import Technique
-from espalier.core.model import check_finite, digest, evaluating, modes, set_modes
+from espalier.core.model import check_finite, device_of, digest, evaluating, modes, set_modes
 from espalier.core.recipe import FileOptions, fields_to_data
 from espalier.core.record import Counts, Record
 from espalier.core.task import to_device
-from espalier.core.model import device_of
 from espalier.runs.checkpoint import EpochFile, load_model, save_model
 from espalier.runs.directory import RunDirectory
 from espalier.runs.files import encoded_length
@@ -126,5 +124,3 @@ def _shape_of(output: Any) -> Any:
     if isinstance(output, (tuple, list)):
         return [_shape_of(value) for value in output]
     return type(output).__name__
-
-

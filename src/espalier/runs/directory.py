@@ -70,7 +70,9 @@ class RunDirectory:
             except ValueError as error:
                 if number == len(lines) - 1:  # the line a kill cut off
                     break
-                raise RunError(f"{self._journal_file} is damaged at line {number + 1}; start again in a new folder.") from error
+                raise RunError(
+                    f"{self._journal_file} is damaged at line {number + 1}; start again in a new folder."
+                ) from error
             kept += len(line) + 1
             yield event
         if not data.endswith(b"\n") and data:

@@ -82,9 +82,7 @@ def write_self_contained(
     )  # fmt: skip
 
 
-def write_weights(
-    frozen: Frozen, path: Path, options: FileOptions, floats: str, progress: Tell | None = None
-) -> Any:
+def write_weights(frozen: Frozen, path: Path, options: FileOptions, floats: str, progress: Tell | None = None) -> Any:
     """Write ``frozen`` for a receiver that knows the architecture; returns the file's ``FileInfo``."""
     constants = set(frozen.graph.constants) if frozen.graph is not None else set()
     tensors = {name: tensor for name, tensor in frozen.tensors.items() if name not in constants}
@@ -190,10 +188,11 @@ def write_files(model: nn.Module, original: nn.Module, context: Context, options
         narrow = _write_both(frozen, original, context, options, folder, "fp16")
         assert narrow.val is not None  # noqa: S101 - same task
         loss = task.scorer().drop(best.val, narrow.val)
-        if loss <= 0.25 * best.val.stderr:
-            context.note(f"remaining floats stored as fp16: val moves by {-loss:+.3f}, allowed {0.25 * best.val.stderr:.3f} worse.")
+        allowed = 0.25 * best.val.stderr
+        if loss <= allowed:
+            context.note(f"remaining floats stored as fp16: val moves by {-loss:+.3f}, {allowed:.3f} worse is allowed.")
             return narrow
-        context.note(f"remaining floats stored as fp32: fp16 would cost {loss:.3f} on val, more than {0.25 * best.val.stderr:.3f}.")
+        context.note(f"remaining floats stored as fp32: fp16 would cost {loss:.3f} on val, {allowed:.3f} is allowed.")
         best = _write_both(frozen, original, context, options, folder, "fp32")
     return best
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import datetime
+import datetime as dt
 import json
 import platform
 import time
@@ -129,7 +129,12 @@ class Run:
             self.directory.write("recipe.yaml", Recipe(steps=(self.recipe,), file=self.options).to_yaml())
             self.directory.log("start", **start, environment=environment, created=_now())
             return
-        for key, meaning in (("recipe", "recipe"), ("target", "target"), ("seed", "seed"), ("model", "model's weights")):
+        for key, meaning in (
+            ("recipe", "recipe"),
+            ("target", "target"),
+            ("seed", "seed"),
+            ("model", "model's weights"),
+        ):
             if json.loads(json.dumps(start[key])) != begun[key]:
                 raise RunError(
                     f"{self.directory.path} was started with another {meaning}; a resume goes on with the same. "
@@ -227,7 +232,10 @@ class Run:
         begun = self.directory.find("start") or {}
         file = self.directory.find("file", name=outcome.name) or {}
         host = copy_model(original).cpu().eval()
-        file_bytes = {"original": fp32_safetensors_bytes(original), "compressed": file["files"][SELF_CONTAINED]["bytes"]}
+        file_bytes = {
+            "original": fp32_safetensors_bytes(original),
+            "compressed": file["files"][SELF_CONTAINED]["bytes"],
+        }
         measured = measure_all(
             {"original": host, "compressed": model}, self.task, split="val" if self.task.val is not None else None,
             original=host, file_bytes=file_bytes, macs=_macs(host, model, self.task), threads=torch.get_num_threads(),
@@ -239,9 +247,10 @@ class Run:
                 test[name] = vars(self.task.measure(candidate, "test", host))
             if self.task.labelled:
                 pairs = paired(host, model, self.task, "test").to_json()
+        leaves = [entry for entry in self.directory.events("step") if entry["leaf"] and _under(entry, outcome)]
         return summarise(
-            begun=begun, file=file, outcome=outcome, measured={k: v.to_json() for k, v in measured.items()}, test=test, pairs=pairs,
-            steps=[entry["record"] for entry in self.directory.events("step") if entry["leaf"] and _under(entry, outcome)],
+            begun=begun, file=file, outcome=outcome, measured={name: m.to_json() for name, m in measured.items()},
+            test=test, pairs=pairs, steps=[entry["record"] for entry in leaves],
             tries=self.directory.events("try"), metric=self.task.scorer(), model=type(self.model).__name__,
         )  # fmt: skip
 
@@ -310,4 +319,4 @@ def _processor() -> str:
 
 
 def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return dt.datetime.now(dt.UTC).isoformat(timespec="seconds")

@@ -124,7 +124,9 @@ class _Search:
     def __init__(self, target: Target, before: Score, original_bytes: int) -> None:
         self.limit = target.bytes_allowed(original_bytes)
         self.sized = target.size is not None or target.times is not None
-        self.allowed = target.max_drop if target.max_drop is not None else (float("inf") if self.sized else before.stderr)
+        self.allowed = (
+            target.max_drop if target.max_drop is not None else (float("inf") if self.sized else before.stderr)
+        )
         self.before, self.target = before, target
         self.tries: list[Try] = []
         self.low, self.high = 0.0, 1.0
@@ -185,14 +187,24 @@ class _Search:
         met = self.fits(best) and self.good(best)
         missing = []
         if not self.fits(best):
-            missing.append(f"{best.bytes:,} bytes, {best.bytes - int(self.limit):,} more than the {int(self.limit):,} allowed")
+            missing.append(
+                f"{best.bytes:,} bytes, {best.bytes - int(self.limit):,} more than the {int(self.limit):,} allowed"
+            )
         if not self.good(best):
-            missing.append(f"a drop of {best.drop:.2f}, {best.drop - self.allowed:.2f} more than the {self.allowed:.2f} allowed")
+            missing.append(
+                f"a drop of {best.drop:.2f}, {best.drop - self.allowed:.2f} more than the {self.allowed:.2f} allowed"
+            )
         text = f" Stopped because {self.stopped}." if self.stopped else ""
         if not met:
-            text = f" The target is out of reach of this recipe: the nearest of {len(self.tries)} tries has {' and '.join(missing)}.{text}"
+            gap = " and ".join(missing)
+            text = (
+                f" The target is out of reach of this recipe: the nearest of {len(self.tries)} tries has {gap}.{text}"
+            )
         elif self.target.max_drop is not None and best.score is not None and self.target.max_drop < best.score.stderr:
-            text += f" The allowed drop is below the standard error of the metric on val ({best.score.stderr:.2f}): more val data would make the decision firm."
+            text += (
+                f" The allowed drop is below the standard error of the metric on val ({best.score.stderr:.2f}): "
+                "more val data would make the decision firm."
+            )
         return Outcome(best.name, met=met, message=text.strip(), reasons={t.name: self.reason(t) for t in self.tries})
 
     def reason(self, item: Try) -> str:
@@ -204,7 +216,11 @@ class _Search:
             return f"drop above the {self.allowed:.2f} allowed"
         if not self.fits(item):
             return f"larger than the {int(self.limit):,} bytes allowed"
-        return "within the target, but larger than the kept one" if item.bytes > best.bytes else "within the target, but worse"
+        return (
+            "within the target, but larger than the kept one"
+            if item.bytes > best.bytes
+            else "within the target, but worse"
+        )
 
 
 def plain_tries(tries: list[dict[str, Any]], outcome: Outcome) -> list[dict[str, Any]]:
@@ -217,4 +233,3 @@ def plain_tries(tries: list[dict[str, Any]], outcome: Outcome) -> list[dict[str,
         }
         for item in tries
     ]
-

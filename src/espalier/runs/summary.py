@@ -71,12 +71,16 @@ def _message(
 ) -> str:
     before, after = measured["original"], measured["compressed"]
     ratio = before["file_bytes"] / after["file_bytes"]
-    text = f"{readable_bytes(before['file_bytes'])} became {readable_bytes(after['file_bytes'])}, {ratio:.1f} times smaller"
+    old_size, new_size = readable_bytes(before["file_bytes"]), readable_bytes(after["file_bytes"])
+    text = f"{old_size} became {new_size}, {ratio:.1f} times smaller"
     split, scores = ("test", test) if test else ("val", {k: m.get("metric") for k, m in measured.items()})
     if scores.get("original") and scores.get("compressed"):
         old, new = scores["original"], scores["compressed"]
         assert old is not None and new is not None  # noqa: S101, PT018 - just asked
-        text += f"; {metric.name} on {split} {old['value']:.2f} {metric.unit} -> {new['value']:.2f} {metric.unit} (± {new['stderr']:.2f})"
+        unit = metric.unit
+        text += (
+            f"; {metric.name} on {split} {old['value']:.2f} {unit} -> {new['value']:.2f} {unit} (± {new['stderr']:.2f})"
+        )
     return f"{text}. {outcome.message}".strip()
 
 
