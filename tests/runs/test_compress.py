@@ -164,6 +164,13 @@ def test_bad_models_and_data_are_named_before_any_work(model, task, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_an_unknown_coder_is_named_before_any_work(model, task, tmp_path):
+    recipe = es.Recipe(steps=(Prune(sparsity=0.5),), file=FileOptions(coders=("hufman",)))
+    with pytest.raises(UsageError, match="huffman"):
+        compress(model, task, recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_used_folder_is_refused(model, task, tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(RunError, match="not empty"):

@@ -229,7 +229,7 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Train a small network on real digits, compress it, show the result. Needs no network; under a minute."""
-    _prepare(None, 2)
+    _prepare(None, 1)
     from espalier.cli import example
     from espalier.cli.progress import shown
 

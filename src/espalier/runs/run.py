@@ -24,6 +24,7 @@ from espalier.core.model import check_finite, copy_model, digest
 from espalier.core.recipe import FileOptions, Recipe, step_to_data
 from espalier.core.target import Target
 from espalier.core.task import Task, capture_call
+from espalier.encode.coders import resolve
 from espalier.measure import fp32_safetensors_bytes, measure_all, paired
 from espalier.runs.context import RunContext
 from espalier.runs.directory import RunDirectory
@@ -81,6 +82,7 @@ class Run:
     def check(self) -> None:
         """Raise for everything that can be known to be wrong before any work: nothing has been written yet."""
         check_finite(self.model, "before any step")
+        resolve(self.options.coders)
         self.task.example()
         names = {**self.models, "original": self.model}
         Context(task=self.task, models=names).check(self.recipe)
