@@ -188,7 +188,7 @@ def test_out_folder_that_is_used(espalier, folder):
     refused(espalier("compress", "project.py", *ONE_SHOT, "--out", "full"), "full is not empty", "--out")
     refused(espalier("compress", "project.py", *ONE_SHOT, "--out", "file"), "file is a file")
     (folder / "run").mkdir()
-    (folder / "run" / "journal.jsonl").write_text("")
+    (folder / "run" / "journal.jsonl").write_text('{"event": "step", "path": "a", "leaf": true}\n')
     refused(espalier("compress", "project.py", *ONE_SHOT, "--out", "run"), "holds a run already", "--resume")
     assert sorted(path.name for path in (folder / "full").iterdir()) == ["letter.txt"]
     assert (folder / "file").read_text() == "mine"
