@@ -1,4 +1,4 @@
-"""Seconds of the whole demo as a process of its own: train, compress, re-load, measure, report; and of a second call."""
+"""Seconds of the whole demo as a process of its own, training to report; and of a second call."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def main() -> None:
         "test_error_before": 100 - record["test"]["original"]["value"],
     }  # fmt: skip
     print(measured)
-    save("demo", [{"id": "recipes.deep-compression", "row": "espalier demo, digits", "claimed": {}, "measured": measured,
+    save("demo", [{"id": "recipes.deep-compression", "row": "digits", "claimed": {}, "measured": measured,
                    "setting": {"threads": 1, "runs": 1}, "seed": 0}])  # fmt: skip
 
 

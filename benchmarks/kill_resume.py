@@ -119,11 +119,11 @@ def main() -> None:
             found, moments = disturbed(folder, f"run-{runs}", min(5, wanted - killed), seconds, chance)
             killed, runs, same = killed + len(moments), runs + 1, same + (found == reference)
             print(f"{killed} kills, {runs} runs, {same} with the same bytes", flush=True)
-    save("kill_resume" + ("_quick" if arguments.quick else ""), [{
-        "id": "runs", "row": "kill -9, then --resume", "claimed": {},
-        "measured": {"kills": killed, "runs": runs, "runs_with_the_same_bytes": same},
-        "setting": {"kills_per_run": 5, "threads": 1, "undisturbed_seconds": round(seconds, 1)}, "seed": 0,
-    }])  # fmt: skip
+            save("kill_resume" + ("_quick" if arguments.quick else ""), [{
+                "id": "runs", "row": "kill -9, then --resume", "claimed": {},
+                "measured": {"kills": killed, "runs": runs, "runs_with_the_same_bytes": same},
+                "setting": {"kills_per_run": 5, "threads": 1, "undisturbed_seconds": round(seconds, 1)}, "seed": 0,
+            }])  # fmt: skip
     if same != runs:
         raise SystemExit("some runs ended with other bytes")
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -297,3 +299,22 @@ def test_inspect_shows_the_layers(espalier):
     assert [layer["name"] for layer in found["layers"]] == ["1.weight", "1.bias", "3.weight", "3.bias"]
     assert found["parameters"] == 64 * 16 + 16 + 16 * 10 + 10
     assert found["macs"] == 64 * 16 + 16 * 10
+
+
+@pytest.mark.slow
+def test_ctrl_c_says_how_to_go_on_and_keeps_the_record(folder):
+    """A signal in the middle of training: one sentence, code 130, a record that says so."""
+    command = [sys.executable, "-m", "espalier.cli.main", "compress", "project.py", "--set", "prune.epochs=100000"]
+    process = subprocess.Popen([*command, "--out", "run"], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        deadline = time.monotonic() + 120
+        while not list((folder / "run").glob("steps/**/*.epoch")) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert b"--resume" in said
+    assert b"Traceback" not in said
+    assert json.loads((folder / "run" / "record.json").read_text())["status"] == "interrupted"

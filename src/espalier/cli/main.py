@@ -44,16 +44,21 @@ def emit(data: Any) -> None:
     typer.echo(json.dumps(data, indent=1))
 
 
+INTERRUPTED = 130
+
+
 def main() -> NoReturn:
     """Entry point: errors become one sentence and an exit code (2 wrong use or input, 130 Ctrl-C)."""
     try:
         code = app(standalone_mode=False)
+        if code == INTERRUPTED:  # how typer hands on a Ctrl-C
+            raise KeyboardInterrupt
     except EspalierError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)
     except (KeyboardInterrupt, typer.Abort):
         typer.echo("interrupted. Finished steps are kept: run the same command with --resume to go on.", err=True)
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
     except typer.Exit as stop:
         sys.exit(stop.exit_code)
     except Exception as error:
@@ -219,8 +224,9 @@ def _show(record: dict[str, Any], out: Path, *, as_json: bool) -> None:
     from espalier.report import render_terminal
 
     render_terminal(record, Console())
-    say(f"file    {out / 'model.espalier'}")
-    say(f"report  {out / 'report.html'}")
+    for label, path in (("file", out / "model.espalier"), ("report", out / "report.html")):
+        if path.exists():
+            say(f"{label:<7} {path}")
 
 
 @app.command()
