@@ -51,26 +51,27 @@ def main() -> NoReturn:
     """Entry point: errors become one sentence and an exit code (2 wrong use or input, 130 Ctrl-C)."""
     try:
         code = app(standalone_mode=False)
-        if code == INTERRUPTED:  # how typer hands on a Ctrl-C
-            raise KeyboardInterrupt
     except EspalierError as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(2)
+        _end(f"error: {error}", 2)
     except (KeyboardInterrupt, typer.Abort):
-        typer.echo("interrupted. Finished steps are kept: run the same command with --resume to go on.", err=True)
-        sys.exit(INTERRUPTED)
+        code = INTERRUPTED
     except typer.Exit as stop:
-        sys.exit(stop.exit_code)
+        code = stop.exit_code
     except Exception as error:
-        if isinstance(error, (OSError,)) and not isinstance(error, FileNotFoundError):
-            typer.echo(f"error: {error}", err=True)
-            sys.exit(2)
         show = getattr(error, "format_message", None)
-        if show is None:
+        if show is not None:
+            _end(f"error: {show()} Try --help.", 2)
+        if not isinstance(error, OSError) or isinstance(error, FileNotFoundError):
             raise
-        typer.echo(f"error: {show()} Try --help.", err=True)
-        sys.exit(2)
+        _end(f"error: {error}", 2)
+    if code == INTERRUPTED:  # typer hands on a Ctrl-C as this code
+        _end("interrupted. Finished steps are kept: run the same command with --resume to go on.", INTERRUPTED)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _end(sentence: str, code: int) -> NoReturn:
+    typer.echo(sentence, err=True)
+    sys.exit(code)
 
 
 @contextmanager
