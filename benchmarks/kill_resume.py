@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -36,12 +37,12 @@ def task():
     return es.tasks.classification(data.train, data.val, data.test)
 """
 RECIPE = """
-- train.finetune: {epochs: 4, lr: 3e-3}
+- train.finetune: {epochs: 12, lr: 3e-3}
 - recipes.deep-compression:
     strength: 0.6
     prune:
-      prune.prune: {epochs: 8, scope: global, schedule: cubic, lr: 2e-3, optimizer: {sgd: {momentum: 0.9}}, every: 7}
-    finetune: {train.finetune: {epochs: 4, stopping: early-stopping}}
+      prune.prune: {epochs: 24, scope: global, schedule: cubic, lr: 2e-3, optimizer: {sgd: {momentum: 0.9}}, every: 7}
+    finetune: {train.finetune: {epochs: 8, stopping: early-stopping}}
 """
 FILES = ("model.espalier", "model.weights.espalier")
 
@@ -67,32 +68,46 @@ def start(folder: Path, out: Path) -> subprocess.Popen[bytes]:
     )
 
 
-def finish(folder: Path, out: Path) -> float:
-    """Run to the end; seconds taken. Raises RuntimeError with what the run said if it fails."""
+@dataclass(frozen=True)
+class Pace:
+    """Seconds an undisturbed run needs before its journal appears, and from there to its end."""
+
+    startup: float
+    work: float
+
+
+def finish(folder: Path, out: Path) -> Pace:
+    """Run to the end. Raises RuntimeError with what the run said if it fails."""
     started = time.monotonic()
     process = start(folder, out)
+    while process.poll() is None and not (out / "journal.jsonl").exists():
+        time.sleep(0.02)
+    begun = time.monotonic()
     _, said = process.communicate(timeout=600)
     if process.returncode:
         raise RuntimeError(f"the run ended with {process.returncode}: {said.decode()[-2000:]}")
-    return time.monotonic() - started
+    return Pace(begun - started, time.monotonic() - begun)
 
 
-def prepare(folder: Path) -> tuple[dict[str, str], float]:
-    """Write project and recipe and make the undisturbed run: its digests and its seconds."""
+def prepare(folder: Path) -> tuple[dict[str, str], Pace]:
+    """Write project and recipe and make the undisturbed run: its digests and its pace."""
     (folder / "project.py").write_text(PROJECT)
     (folder / "recipe.yaml").write_text(RECIPE)
-    seconds = finish(folder, folder / "reference")
-    return digests(folder / "reference"), seconds
+    pace = finish(folder, folder / "reference")
+    return digests(folder / "reference"), pace
 
 
 def disturbed(
-    folder: Path, name: str, kills: int, seconds: float, chance: random.Random
+    folder: Path, name: str, kills: int, pace: Pace, chance: random.Random
 ) -> tuple[dict[str, str], list[float]]:
-    """A run killed ``kills`` times at random moments, then finished: its digests and when it was killed."""
+    """A run killed up to ``kills`` times at random moments, then finished: its digests and when it was killed.
+
+    Each life gets a random share of the work, about one part in ``kills`` on average, so that most kills land.
+    """
     out, moments = folder / name, []
     for _ in range(kills):
         process = start(folder, out)
-        moment = chance.uniform(0.2 * seconds, seconds)
+        moment = pace.startup + chance.uniform(0, 1.2 * pace.work / kills)
         try:
             process.communicate(timeout=moment)
         except subprocess.TimeoutExpired:
@@ -114,15 +129,16 @@ def main() -> None:
     chance, killed, same, runs = random.Random(0), 0, 0, 0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        reference, seconds = prepare(folder)
+        reference, pace = prepare(folder)
         while killed < wanted:
-            found, moments = disturbed(folder, f"run-{runs}", min(5, wanted - killed), seconds, chance)
+            found, moments = disturbed(folder, f"run-{runs}", min(5, wanted - killed), pace, chance)
             killed, runs, same = killed + len(moments), runs + 1, same + (found == reference)
             print(f"{killed} kills, {runs} runs, {same} with the same bytes", flush=True)
             save("kill_resume" + ("_quick" if arguments.quick else ""), [{
                 "id": "runs", "row": "kill -9, then --resume", "claimed": {},
                 "measured": {"kills": killed, "runs": runs, "runs_with_the_same_bytes": same},
-                "setting": {"kills_per_run": 5, "threads": 1, "undisturbed_seconds": round(seconds, 1)}, "seed": 0,
+                "setting": {"kills_per_run": 5, "threads": 1, "seconds": round(pace.startup + pace.work, 1)},
+                "seed": 0,
             }])  # fmt: skip
     if same != runs:
         raise SystemExit("some runs ended with other bytes")

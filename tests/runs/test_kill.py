@@ -8,7 +8,7 @@ from benchmarks.kill_resume import disturbed, prepare
 
 @pytest.mark.slow
 def test_five_kills_change_no_byte(tmp_path):
-    reference, seconds = prepare(tmp_path)
-    found, moments = disturbed(tmp_path, "disturbed", 5, seconds, random.Random(1))
+    reference, pace = prepare(tmp_path)
+    found, moments = disturbed(tmp_path, "disturbed", 5, pace, random.Random(1))
     assert moments, "no kill landed while the run was alive"
     assert found == reference
