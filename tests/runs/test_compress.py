@@ -14,6 +14,7 @@ import espalier as es
 from espalier.core.errors import (
     DataError,
     EspalierWarning,
+    ModelError,
     NeedError,
     NumericError,
     RunError,
@@ -161,6 +162,12 @@ def test_bad_models_and_data_are_named_before_any_work(model, task, tmp_path):
         es.tasks.classification(iter([1, 2]))
     with pytest.raises(DataError, match="no batch"):
         compress(nn.Linear(2, 2), es.tasks.classification(val=[]), Prune(sparsity=0.5), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_that_does_not_fit_its_data_is_named_before_any_work(task, tmp_path):
+    with pytest.raises(ModelError, match="does not run on the task's first batch"):
+        compress(nn.Sequential(nn.Flatten(), nn.Linear(63, 10)), task, Prune(sparsity=0.5), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from espalier.core.errors import DataError, NeedError, UsageError
+from espalier.core.errors import DataError, EspalierError, ModelError, NeedError, UsageError
 from espalier.core.metric import Accuracy, Agreement, Metric, Score, first_tensor
 from espalier.core.model import device_of, evaluating
 
@@ -177,6 +177,13 @@ def capture_call(task: Task, model: nn.Module, batch: Batch) -> tuple[tuple[Any,
     try:
         with evaluating(model):
             task.predict(model, to_device(batch, device_of(model)))
+    except EspalierError:
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"the model does not run on the task's first batch ({type(error).__name__}: {error}). Check that the data "
+            "has the shape the model takes; give Task(predict=...) where it is not called as model(inputs)."
+        ) from error
     finally:
         handle.remove()
     if not calls:
