@@ -7,12 +7,13 @@ fixed to zero) and ``codes`` (values fixed to a table or grid). The forms that s
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from espalier.core.errors import ModelError, UsageError
 from espalier.core.representation import DTYPES, Codebook, Dense, Masked, Representation
 
 Phase = Literal["dense", "mask", "codes"]
@@ -57,6 +58,20 @@ class Form(nn.Module):
     def freeze(self, latent: Tensor) -> Representation:
         """How the effective weight is stored; ``dense()`` of it equals ``forward(latent)`` bit for bit."""
 
+    def take(self, dim: int, index: Tensor) -> Form:
+        """The form of the smaller weight that keeps ``index`` (1-D) along ``dim``.
+
+        Attach it with the latent tensor that :meth:`take_latent` gives: ``attach(slot, form, latent)``.
+        """
+        raise ModelError(
+            f"a weight in the form {self.kind!r} cannot be made smaller: {type(self).__name__} has no take(). "
+            "Remove channels before the step that attaches this form."
+        )
+
+    def take_latent(self, latent: Tensor, dim: int, index: Tensor) -> Tensor:
+        """The latent tensor that goes with :meth:`take`."""
+        return latent.index_select(dim, index.to(latent.device))
+
     def spec(self) -> dict[str, Any]:
         """What :meth:`blank` needs beside the tensors of the state dict: plain data."""
         return {}
@@ -67,8 +82,24 @@ class Form(nn.Module):
         """A form of the right shapes for ``weight``; its buffers are then filled from a state dict."""
 
 
+class _Through(torch.autograd.Function):
+    """The masked weight; backward is the identity."""
+
+    @staticmethod
+    def forward(_: Any, latent: Tensor, mask: Tensor) -> Tensor:
+        return torch.where(mask, latent, latent.new_zeros(()))
+
+    @staticmethod
+    def backward(_: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
 class Mask(Form):
-    """Pruned positions are exactly zero, whatever the latent weight does. ``mask``: bool, the weight's shape."""
+    """Pruned positions are exactly zero, whatever the latent weight does. ``mask``: bool, the weight's shape.
+
+    ``through``: pruned positions of the latent tensor receive the gradient of the effective weight as well, for the
+    methods that watch it; switched on for the length of a training.
+    """
 
     kind = "mask"
     phase = "mask"
@@ -77,8 +108,13 @@ class Mask(Form):
     def __init__(self, mask: Tensor) -> None:
         super().__init__()
         self.register_buffer("mask", mask)
+        self.through = False
 
     def forward(self, latent: Tensor) -> Tensor:
+        if self.through:
+            out = _Through.apply(latent, self.mask)  # type: ignore[no-untyped-call]
+            assert isinstance(out, Tensor)  # noqa: S101 - torch leaves Function.apply untyped
+            return out
         return torch.where(self.mask, latent, latent.new_zeros(()))
 
     def freeze(self, latent: Tensor) -> Representation:
@@ -89,6 +125,9 @@ class Mask(Form):
         return Masked(
             shape=tuple(mask.shape), dtype=name, mask=mask, inner=Dense(shape=kept.shape, dtype=name, values=kept)
         )
+
+    def take(self, dim: int, index: Tensor) -> Mask:
+        return Mask(self.mask.index_select(dim, index.to(self.mask.device)))
 
     @classmethod
     def blank(cls, spec: dict[str, Any], weight: Tensor) -> Mask:
@@ -123,11 +162,11 @@ class Shared(Form):
     phase = "codes"
     index: Tensor
 
-    def __init__(self, index: Tensor, centroids: Tensor, *, zero: bool) -> None:
+    def __init__(self, index: Tensor, centroids: Tensor | None, *, zero: bool) -> None:
         super().__init__()
         self.register_buffer("index", index.to(torch.int32))
         self.zero = zero
-        self._initial: Tensor | None = centroids
+        self._initial = centroids
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """The centroids to start from; asked once, when the form is attached."""
@@ -160,6 +199,13 @@ class Shared(Form):
             centroids=table[order],
         )
 
+    def take(self, dim: int, index: Tensor) -> Shared:
+        return Shared(self.index.index_select(dim, index.to(self.index.device)), None, zero=self.zero)
+
+    def take_latent(self, latent: Tensor, dim: int, index: Tensor) -> Tensor:
+        """The centroids, unchanged: pass the very tensor on where several weights share it."""
+        return latent
+
     def spec(self) -> dict[str, Any]:
         return {"zero": self.zero}
 
@@ -169,3 +215,17 @@ class Shared(Form):
 
 
 FORMS: dict[str, type[Form]] = {form.kind: form for form in (Mask, Shared)}
+
+F = TypeVar("F", bound=Form)
+
+
+def register_form(form: type[F]) -> type[F]:
+    """Let checkpoints rebuild ``form``; usable as a decorator. Raises ``UsageError`` where its ``kind`` is taken."""
+    known = FORMS.get(form.kind)
+    if known is not None and known.__qualname__ != form.__qualname__:
+        raise UsageError(
+            f"the form kind {form.kind!r} of {form.__module__}.{form.__qualname__} is taken by "
+            f"{known.__module__}.{known.__qualname__}; give it another kind."
+        )
+    FORMS[form.kind] = form
+    return form

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, get_type_hints
 
@@ -18,7 +18,7 @@ from torch import nn
 
 from espalier.core.errors import Corrupt, LimitExceeded, ModelError, UnknownNameError, did_you_mean
 from espalier.core.method import fits
-from espalier.core.parametrize import require_phase, slots
+from espalier.core.parametrize import Slot, require_phase, slots
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -77,12 +77,21 @@ class Edit:
     kind: ClassVar[str]
 
     @abstractmethod
-    def apply(self, model: nn.Module) -> None:
-        """Change ``model`` in place."""
+    def apply(self, model: nn.Module) -> nn.Module | None:
+        """Change ``model`` in place, or hand back the module that takes its place."""
 
     def to_json(self) -> dict[str, Any]:
         """``{"edit": kind, ...fields}``."""
         return {"edit": self.kind, **dataclasses.asdict(self)}
+
+    @classmethod
+    def arguments(cls, data: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields as they were, from untrusted JSON; what is still wrong is refused by :meth:`Plan.from_json`."""
+        return {key: tuple(v) if isinstance(v, list) else v for key, v in data.items() if key != "edit"}
+
+    def summary(self) -> str:
+        """One line for people."""
+        return ", ".join(f"{key}={value}" for key, value in self.to_json().items())
 
 
 def _module(model: nn.Module, path: str) -> nn.Module:
@@ -102,36 +111,105 @@ def _set_module(model: nn.Module, path: str, module: nn.Module) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Keep(Edit):
-    """Drop every index of a parameter along ``dim`` but those in ``index``."""
+    """Drop every index of a parameter or buffer along ``dim`` but those in ``index``.
+
+    The parameter stays the same object, at every owner, and keeps its training form; in JSON the indices are runs
+    such as ``"0-3,7"``.
+    """
 
     kind: ClassVar[str] = "keep"
     tensor: str
     dim: int
     index: tuple[int, ...]
 
+    def to_json(self) -> dict[str, Any]:
+        return {"edit": self.kind, "tensor": self.tensor, "dim": self.dim, "index": runs_of(self.index)}
+
+    @classmethod
+    def arguments(cls, data: Mapping[str, Any]) -> dict[str, Any]:
+        given = super().arguments(data)
+        if isinstance(given.get("index"), str):
+            given["index"] = indices_of(given["index"])
+        return given
+
+    def summary(self) -> str:
+        return f"{self.tensor}: keep {len(self.index)} along dimension {self.dim}"
+
     def apply(self, model: nn.Module) -> None:
-        """Take the kept slices of the parameter (or buffer), at every owner."""
-        found = slots(model).get(self.tensor)
+        """Take the kept slices of the parameter (or buffer)."""
+        self.apply_among(slots(model), model)
+
+    def apply_among(self, known: Mapping[str, Slot], model: nn.Module) -> None:
+        """The same with the model's slots at hand: walking a model once per edit would cost more than all edits."""
+        found = known.get(self.tensor)
         path, _, attribute = self.tensor.rpartition(".")
         if found is None:
             owner = _module(model, path)
             buffer = owner._buffers.get(attribute)
             if buffer is None:
-                raise UnknownNameError(f"the plan names {self.tensor!r}.{did_you_mean(self.tensor, slots(model))}")
-            owner._buffers[attribute] = self._take(buffer)
+                raise UnknownNameError(f"the plan names {self.tensor!r}.{did_you_mean(self.tensor, known)}")
+            owner._buffers[attribute] = self.take(buffer)
             return
-        require_phase(found, ("dense",), "dropping channels from a training form")
-        parameter = nn.Parameter(self._take(found.value()), requires_grad=found.latent.requires_grad)
-        for _, module, name in found.owners:
-            module._parameters[name] = parameter
+        latent, form = found.latent, found.form
+        self._check(found.shape)
+        with torch.no_grad():
+            if form is None:
+                smaller = self.take(latent)
+            else:
+                index = torch.tensor(self.index, dtype=torch.long, device=latent.device)
+                smaller = form.take_latent(latent.detach(), self.dim, index)
+                other = form.take(self.dim, index)
+                for name, buffer in other._buffers.items():
+                    form._buffers[name] = buffer
+            latent.grad = None
+            latent.data = smaller
 
-    def _take(self, tensor: torch.Tensor) -> torch.Tensor:
-        allowed = range(tensor.shape[self.dim]) if -tensor.ndim <= self.dim < tensor.ndim else None
-        if allowed is None or not all(index in allowed for index in self.index):
-            raise ModelError(
-                f"the plan keeps indices of dimension {self.dim} that {self.tensor} {tuple(tensor.shape)} lacks."
-            )
-        return tensor.index_select(self.dim, torch.tensor(self.index, dtype=torch.long)).clone()
+    def carry(self, optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> None:
+        """Cut what the optimizer remembers of the parameter as the parameter was cut."""
+        state = optimizer.state.get(parameter, {})
+        for key, value in state.items():
+            if isinstance(value, torch.Tensor) and value.ndim == parameter.ndim and value.shape != parameter.shape:
+                state[key] = self.take(value)
+
+    def take(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The kept slices of a tensor of the parameter's shape."""
+        self._check(tensor.shape)
+        index = torch.tensor(self.index, dtype=torch.long, device=tensor.device)
+        return tensor.detach().index_select(self.dim, index)
+
+    def _check(self, shape: torch.Size) -> None:
+        size = shape[self.dim] if -len(shape) <= self.dim < len(shape) else 0
+        if not all(0 <= index < size for index in self.index):
+            raise ModelError(f"the plan keeps indices of dimension {self.dim} that {self.tensor} {tuple(shape)} lacks.")
+
+
+def runs_of(index: Sequence[int]) -> str:
+    """``(0, 1, 2, 5)`` -> ``"0-2,5"``."""
+    runs: list[list[int]] = []
+    for i in index:
+        if runs and i == runs[-1][1] + 1:
+            runs[-1][1] = i
+        else:
+            runs.append([i, i])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def indices_of(runs: str) -> tuple[int, ...]:
+    """Inverse of :func:`runs_of`. Raises ``Corrupt`` for text that is none, ``LimitExceeded`` for too many indices."""
+    found: list[int] = []
+    for run in runs.split(",") if runs else ():
+        first, dash, last = run.partition("-")
+        if not (first.isdecimal() and (last.isdecimal() if dash else not last)) or len(run) > 21:
+            raise Corrupt(f"a plan keeps the indices {runs[:60]!r}; runs such as '0-3,7' are allowed.")
+        end = int(last if dash else first) + 1
+        if end - int(first) + len(found) > MAX_INDICES:
+            raise LimitExceeded(f"a plan keeps more than {MAX_INDICES} indices of one dimension.")
+        found += range(int(first), end)
+    return tuple(found)
+
+
+MAX_INDICES = 2**24
+"""How many indices of one dimension a plan may name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -292,6 +370,16 @@ class SetAttribute(Edit):
 
 
 EDITS: dict[str, type[Edit]] = {cls.kind: cls for cls in (Keep, Replace, Remove, Fold, Normalise, Tie, SetAttribute)}
+"""Kinds of edits by name; rooms to the right add theirs with :func:`register_edit`."""
+
+
+def register_edit(cls: type[Edit]) -> type[Edit]:
+    """Let plans hold a further kind of edit."""
+    EDITS[cls.kind] = cls
+    return cls
+
+
+_HISTORY = "_espalier_plan"
 
 
 @dataclass(frozen=True)
@@ -300,17 +388,35 @@ class Plan:
 
     edits: tuple[Edit, ...] = ()
 
-    def apply(self, model: nn.Module) -> nn.Module:
-        """Replay the edits on ``model`` in place and return it."""
+    def apply(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> nn.Module:
+        """Replay the edits on ``model`` in place and return it, or the module an edit put in its place.
+
+        ``optimizer``: its state follows the parameters (momentum is cut as they are); those that are gone leave it,
+        new ones join its first group. The edits are remembered: see :func:`applied`.
+        """
+        history = applied(model) + self
+        known = slots(model)
         for edit in self.edits:
-            edit.apply(model)
+            if isinstance(edit, Keep):  # the parameters stay the same objects
+                edit.apply_among(known, model)
+                if optimizer is not None and edit.tensor in known:
+                    edit.carry(optimizer, known[edit.tensor].latent)
+                continue
+            model = edit.apply(model) or model
+            if isinstance(edit, SetAttribute):
+                continue
+            before, known = known, slots(model)
+            if optimizer is not None:
+                _carry(optimizer, before, known)
+        if self.edits:
+            model.__dict__[_HISTORY] = history
         return model
 
     def __add__(self, other: Plan) -> Plan:
         return Plan(self.edits + other.edits)
 
     def __str__(self) -> str:
-        return "\n".join(", ".join(f"{key}={value}" for key, value in edit.to_json().items()) for edit in self.edits)
+        return "\n".join(edit.summary() for edit in self.edits)
 
     def to_json(self) -> list[dict[str, Any]]:
         """Plain data."""
@@ -323,12 +429,39 @@ class Plan:
             raise Corrupt(f"a plan is a list of edits; got {type(data).__name__}.")
         edits = []
         for item in data:
-            given = {key: tuple(v) if isinstance(v, list) else v for key, v in item.items() if key != "edit"}
             edit = EDITS.get(str(item.get("edit")))
+            given = edit.arguments(item) if edit is not None else {}
             hints = {f.name: get_type_hints(edit)[f.name] for f in dataclasses.fields(edit)} if edit is not None else {}
             if edit is None or set(given) != set(hints) or not all(fits(hints[name], v) for name, v in given.items()):
                 raise Corrupt(
-                    f"a plan holds the edit {dict(item)!r}; allowed kinds: {', '.join(EDITS)}, with all their fields."
+                    f"a plan holds the edit {str(dict(item))[:300]}; allowed kinds: {', '.join(EDITS)}, with all "
+                    "their fields."
                 )
             edits.append(edit(**given))
         return cls(tuple(edits))
+
+
+def applied(model: nn.Module) -> Plan:
+    """Every edit that made ``model`` from the one its owner built, in order; copies remember it."""
+    history = model.__dict__.get(_HISTORY)
+    return history if isinstance(history, Plan) else Plan()
+
+
+def _carry(optimizer: torch.optim.Optimizer, before: Mapping[str, Slot], after: Mapping[str, Slot]) -> None:
+    """Bring an optimizer from the parameters before an edit to those of the same names after it."""
+    names = {id(slot.latent): name for name, slot in before.items()}
+    for group in optimizer.param_groups:
+        kept = []
+        for parameter in group["params"]:
+            name = names.get(id(parameter))
+            state = optimizer.state.pop(parameter, None)
+            now = parameter if name is None else after[name].latent if name in after else None
+            if now is not None:
+                kept.append(now)
+                if state:
+                    optimizer.state[now] = state
+        group["params"] = kept
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for name, slot in after.items():
+        if name not in before and slot.latent.requires_grad and id(slot.latent) not in held:
+            optimizer.param_groups[0]["params"].append(slot.latent)

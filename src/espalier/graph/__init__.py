@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from espalier.graph.check import Limits, infer
+from espalier.graph.edit import AsGraph
 from espalier.graph.graph import Graph, Input, Node, TensorSpec, Value, Weight
 from espalier.graph.macs import Macs, macs
 from espalier.graph.operators import TABLE, Operator
@@ -13,6 +14,7 @@ from espalier.graph.trace import trace
 
 __all__ = [
     "TABLE",
+    "AsGraph",
     "Graph",
     "Input",
     "Limits",

@@ -55,13 +55,28 @@ class Runner(nn.Module):
         """The graph this module computes."""
         return self._graph
 
+    def rewrite(self, graph: Graph, constants: Mapping[str, Tensor]) -> None:
+        """Compute ``graph`` from now on: the same nodes and modules over tensors whose sizes have changed.
+
+        ``constants``: its ``_constant.N``. The caller has brought the tensors, and the sizes modules keep, to the new
+        shapes. Raises UsageError where tensors do not fit, ModelError for a graph with other nodes.
+        """
+        if [node.path for node in graph.nodes] != [node.path for node in self._graph.nodes]:
+            raise ModelError("A runner can be rewritten to a graph with the same nodes only; build a new one.")
+        for name, tensor in constants.items():
+            path, _, last = name.rpartition(".")
+            self.get_submodule(path)._buffers[last] = tensor.detach().clone()
+        _check_tensors(graph, {name: attrgetter(name)(self) for name in graph.tensors})
+        _, calls = layers(graph, infer(graph))
+        self._graph, self._steps = graph, steps(graph, calls)
+
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of the graph by name, constants included, tied tensors once; detached, not copied."""
         return {name: attrgetter(name)(self).detach() for name in self._graph.tensors}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The outputs for ``args`` and ``kwargs``, in the containers the traced model returned."""
-        inputs = _inputs(self._graph, args, kwargs)
+        inputs = inputs_of(self._graph, args, kwargs)
         values: dict[int, Any] = dict(enumerate(inputs))
         device = inputs[0].device if inputs else next((p.device for p in self.parameters()), None)
         for number, step in enumerate(self._steps, len(inputs)):
@@ -157,7 +172,7 @@ def _owner(root: nn.Module, path: str, modules: Mapping[str, nn.Module]) -> nn.M
     return current
 
 
-def _inputs(graph: Graph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+def inputs_of(graph: Graph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
     """The input tensors of a call in the graph's order, checked against its specs."""
     positional, keywords = graph.call.children
     if not (isinstance(positional, Branch) and isinstance(keywords, Branch)):
