@@ -1,6 +1,6 @@
-"""Checkpoints: a model's state as safetensors, its training forms as JSON beside it. No pickle, no structure.
+"""Checkpoints: a model's state as safetensors, its plan and training forms as JSON beside it. No pickle.
 
-Structure comes from the model the user gave; the forms are attached to a copy of it, then filled.
+Structure comes from the model the user gave: the plan is replayed on a copy of it, the forms are attached, then filled.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from espalier.core.errors import RunError
 from espalier.core.files import write_atomic
 from espalier.core.model import copy_model
 from espalier.core.parametrize import form_specs, restore_forms
+from espalier.core.plan import Plan, applied
 
 
 def distinct_state(model: nn.Module) -> dict[str, Tensor]:
@@ -32,14 +33,16 @@ def distinct_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def save_model(model: nn.Module, path: Path) -> None:
-    """Write state and forms into one safetensors file, atomically."""
-    write_atomic(path, save(distinct_state(model), metadata={"forms": json.dumps(form_specs(model))}), parents=True)
+    """Write state, plan and forms into one safetensors file, atomically."""
+    metadata = {"forms": json.dumps(form_specs(model)), "plan": json.dumps(applied(model).to_json())}
+    write_atomic(path, save(distinct_state(model), metadata=metadata), parents=True)
 
 
 def load_model(skeleton: nn.Module, path: Path) -> nn.Module:
     """A copy of ``skeleton`` in the checkpointed state. Raises ``RunError`` when the two do not fit."""
     tensors, metadata = _read(path)
-    model = copy_model(skeleton)
+    plan = Plan.from_json(json.loads(metadata.get("plan", "[]")))
+    model = Plan(plan.edits[len(applied(skeleton).edits) :]).apply(copy_model(skeleton))
     restore_forms(model, json.loads(metadata.get("forms", "{}")))
     try:
         missing, unexpected = model.load_state_dict(tensors, strict=False)

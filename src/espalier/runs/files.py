@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from espalier import encode
 from espalier.core.context import Context
-from espalier.core.errors import Corrupt, ModelError, UsageError, did_you_mean
+from espalier.core.errors import Corrupt, ModelError, PhaseError, UnknownNameError, UsageError, did_you_mean
 from espalier.core.forms import dense_representation, from_numpy
 from espalier.core.metric import Score, first_tensor
 from espalier.core.model import copy_model, device_of, evaluating
 from espalier.core.parametrize import freeze, plain
-from espalier.core.plan import Normalise, Plan
+from espalier.core.plan import Normalise, Plan, applied
 from espalier.core.recipe import FileOptions
 from espalier.core.representation import Representation
 from espalier.core.task import Task, capture_call, to_device
@@ -53,8 +53,9 @@ def freeze_model(model: nn.Module, task: Task | None) -> Frozen:
     model = copy_model(model).cpu().eval()
     normalise = Normalise()
     statistics = normalise.statistics(model)
-    plan = Plan((normalise,)) if statistics else Plan()
-    plan.apply(model)
+    if statistics:
+        Plan((normalise,)).apply(model)
+    plan = applied(model)
     tensors, aliases = freeze(model)
     tensors = {name: tensor for name, tensor in tensors.items() if name not in statistics}
     aliases = {name: target for name, target in aliases.items() if name not in statistics}
@@ -96,8 +97,8 @@ def load(path: str | Path, into: nn.Module | None = None, **limits: int) -> nn.M
     """The model in an .espalier file.
 
     Without ``into`` the architecture comes from the file (``model.espalier``). With ``into`` the receiver's
-    structure is used: plans are replayed on it, its state is filled, and it is returned; nothing of it changes
-    when the file does not fit. ``limits``: ``max_elements``, ``max_bytes`` of what may be decoded.
+    structure is used: plans are replayed on it, its state is filled, and it is returned (or the graph that a plan puts
+    in its place); nothing of it changes when the file does not fit. ``limits``: ``max_elements``, ``max_bytes`` of what may be decoded.
 
     Raises a ``FileError`` for a damaged or forged file, ``UsageError`` for a file without a graph and no ``into``.
     """
@@ -123,7 +124,7 @@ def _tensor(archive: Any, name: str) -> Tensor:
 def _fill(model: nn.Module, archive: Any, path: str | Path) -> nn.Module:
     """Everything is decoded and checked before the first value of ``model`` changes."""
     plan = Plan.from_json(archive.plans)
-    trial = plan.apply(copy_model(model)) if plan.edits else model
+    trial = _replayed(plan, copy_model(model), path) if plan.edits else model
     spared = {name for edit in plan.edits if isinstance(edit, Normalise) for name in edit.statistics(trial)}
     state = trial.state_dict(keep_vars=True)
     wanted = {name for name in state if name not in spared}
@@ -144,12 +145,19 @@ def _fill(model: nn.Module, archive: Any, path: str | Path) -> nn.Module:
                 f"{tuple(state[name].shape)} in the model."
             )
         values[name] = value
-    plan.apply(model)
+    model = plan.apply(model)
     with torch.no_grad():
         for name, tensor in model.state_dict(keep_vars=True).items():
             if name in values:
                 tensor.copy_(values[name])
     return model
+
+
+def _replayed(plan: Plan, model: nn.Module, path: str | Path) -> nn.Module:
+    try:
+        return plan.apply(model)
+    except (ModelError, UnknownNameError, PhaseError) as error:
+        raise UsageError(f"{path} does not fit {type(model).__name__}: {error} Give the model it was made from.") from error
 
 
 def outputs_agree(first: nn.Module, second: nn.Module, task: Task) -> float:

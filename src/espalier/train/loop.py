@@ -21,6 +21,7 @@ from espalier.core.callback import Callback, Loop
 from espalier.core.context import Context
 from espalier.core.errors import DataError, RunError
 from espalier.core.model import check_finite, device_of, keep_mode
+from espalier.core.plan import Plan, applied
 from espalier.core.task import Task, to_device
 from espalier.train.adamw import AdamW
 from espalier.train.augmentation import Augmentation, augmented
@@ -247,6 +248,7 @@ class _Trainer:
             "identity": self.identity(),
             "step": loop.step,
             "judge": self.judge.state_dict(),
+            "plan": applied(loop.model).to_json(),
             "model": loop.model.state_dict(),
             "optimizer": loop.optimizer.state_dict(),
             "callbacks": [callback.state_dict() for callback in self.callbacks],
@@ -270,6 +272,8 @@ class _Trainer:
             )
         loop.step = state["step"]
         self.judge.load_state_dict(state["judge"])
+        edits = Plan.from_json(state["plan"]).edits
+        Plan(edits[len(applied(loop.model).edits) :]).apply(loop.model, loop.optimizer)
         loop.model.load_state_dict(state["model"])
         loop.optimizer.load_state_dict(state["optimizer"])
         for callback, saved in zip(self.callbacks, state["callbacks"], strict=True):
