@@ -27,6 +27,8 @@ PLAIN, ROTATED, DIFFERENCES = range(3)  # views
 AS_IS, CONSTANT, DEFLATED, RANS, ADAPTIVE = range(5)  # methods
 _BYTES = np.dtype(np.uint8)
 SMALL = 32  # bytes of the smallest plane that the adaptive coder can be worth its head for
+LARGE, SAMPLE = 1 << 17, 1 << 15  # bytes of a plane judged by a sample first, and of the sample
+NOISE = 7.98  # bits per byte of a sample's histogram; even noise stays a little below 8
 TRIED = 1 << 16  # bytes of the largest plane the adaptive coder is tried on
 
 
@@ -60,6 +62,12 @@ def backward(words: Array, view: int) -> Array:
     return words
 
 
+def _entropy(sample: NDArray[np.uint8]) -> float:
+    """Bits per byte of the sample's histogram."""
+    share = np.bincount(sample, minlength=256) / sample.size
+    return -float((share[share > 0] * np.log2(share[share > 0])).sum())
+
+
 def encode_plane(plane: NDArray[np.uint8], *, alone: bool) -> bytes:
     """One byte of method, then the plane (1-D, not empty) in the smallest way; ``alone``: an array of bytes, which
     the integer coders have been tried on already.
@@ -68,10 +76,18 @@ def encode_plane(plane: NDArray[np.uint8], *, alone: bool) -> bytes:
         return bytes([CONSTANT, int(plane[0])])
     raw = plane.tobytes()
     options = [bytes([AS_IS]) + raw]
-    squeezed: list[tuple[int, bytes | None]] = [(DEFLATED, deflate(raw))]
-    if not alone:
-        squeezed.append((RANS, Rans().encode(plane)))
-        squeezed.append((ADAPTIVE, Adaptive().encode(plane) if SMALL <= plane.size <= TRIED else None))
+    squeezed: list[tuple[int, bytes | None]]
+    if plane.size > LARGE:
+        sample = plane[(plane.size - SAMPLE) // 2 :][:SAMPLE]
+        deflated, counted = len(deflate(sample.tobytes())), _entropy(sample)
+        if counted > NOISE and deflated >= SAMPLE:
+            return options[0]
+        squeezed = [(RANS, Rans().encode(plane))] if deflated * 8 > counted * SAMPLE else [(DEFLATED, deflate(raw))]
+    else:
+        squeezed = [(DEFLATED, deflate(raw))]
+        if not alone:
+            squeezed.append((RANS, Rans().encode(plane)))
+            squeezed.append((ADAPTIVE, Adaptive().encode(plane) if SMALL <= plane.size <= TRIED else None))
     options += [bytes([method]) + varint(len(blob)) + blob for method, blob in squeezed if blob is not None]
     return min(options, key=len)
 
@@ -91,6 +107,14 @@ def decode_plane(reader: Reader, count: int) -> NDArray[np.uint8]:
     return (Rans() if method == RANS else Adaptive()).decode(blob, _BYTES, (count,))
 
 
+def _viewed(bits: Array, dtype: np.dtype[Any], view: int) -> bytes:
+    """Byte of view, then the coded planes of ``bits`` seen that way."""
+    rows = np.ascontiguousarray(forward(bits, view).astype(dtype, copy=False)).view(np.uint8)
+    planes = rows.reshape(-1, dtype.itemsize).T
+    alone = dtype.itemsize == 1
+    return bytes([view]) + b"".join(encode_plane(np.ascontiguousarray(plane), alone=alone) for plane in planes)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Planes(Coder):
     """Any values, bit for bit. Blob: byte of view; one coded plane per byte of the type, lowest first."""
@@ -102,15 +126,11 @@ class Planes(Coder):
             return None
         dtype = _unsigned(values.dtype)
         bits = np.ascontiguousarray(values).astype(values.dtype.newbyteorder("<"), copy=False).ravel().view(dtype)
-        blobs = []
-        for view in (PLAIN, ROTATED, DIFFERENCES) if dtype.itemsize > 1 else (PLAIN,):
-            rows = np.ascontiguousarray(forward(bits, view).astype(dtype, copy=False)).view(np.uint8)
-            planes = rows.reshape(-1, dtype.itemsize).T
-            blobs.append(
-                bytes([view])
-                + b"".join(encode_plane(np.ascontiguousarray(plane), alone=dtype.itemsize == 1) for plane in planes)
-            )
-        return min(blobs, key=len)
+        views = (PLAIN, ROTATED, DIFFERENCES) if dtype.itemsize > 1 else (PLAIN,)
+        if len(views) > 1 and bits.size > LARGE:
+            middle = bits[(bits.size - SAMPLE) // 2 :][:SAMPLE]
+            views = (min(views, key=lambda view: len(_viewed(middle, dtype, view))),)
+        return min((_viewed(bits, dtype, view) for view in views), key=len)
 
     def decode(self, data: bytes, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:
         reader, count = Reader(data), math.prod(shape)
