@@ -46,13 +46,13 @@ def zeros(model: nn.Module) -> dict[str, Tensor]:
 def test_layer_scope_is_exact_in_every_layer(sparsity: float, seed: int) -> None:
     model = net(seed)
     for name, gone in zeros(Prune(sparsity=sparsity)(model)).items():
-        assert int(gone.sum()) == math.floor(sparsity * gone.numel() + 1e-9)
+        assert int(gone.sum()) == min(gone.numel() - 1, math.floor(sparsity * gone.numel() + 1e-9))
         weight = effective(model)[name]
         if gone.any() and not gone.all():
             assert weight[gone].abs().max() <= weight[~gone].abs().min()
 
 
-@given(sparsity=sparsities, seed=st.integers(0, 99))
+@given(sparsity=st.floats(0, 0.8), seed=st.integers(0, 99))
 @settings(max_examples=30, deadline=None)
 def test_global_scope_is_exact_over_all_layers(sparsity: float, seed: int) -> None:
     model = net(seed)
@@ -97,7 +97,9 @@ def test_pruning_again_starts_from_what_is_there(low: float, high: float) -> Non
         second = Prune(sparsity=high, criterion=Random())(first)
     for name, gone in zeros(first).items():
         assert not (gone & ~zeros(second)[name]).any()
-        assert int(zeros(second)[name].sum()) == max(math.floor(s * gone.numel() + 1e-9) for s in (low, high))
+        assert int(zeros(second)[name].sum()) == max(
+            min(gone.numel() - 1, math.floor(s * gone.numel() + 1e-9)) for s in (low, high)
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,8 +167,11 @@ def test_every_weight_is_pruned_once(name: str) -> None:
 
 
 def test_extremes() -> None:
+    """Nothing goes, or all but the best weight of every layer: an empty layer would cut the network."""
     assert not zeros(Prune(sparsity=0.0)(net()))["0.weight"].any()
-    assert all(gone.all() for gone in zeros(Prune(sparsity=1.0)(net())).values())
+    for name, gone in zeros(Prune(sparsity=1.0)(net())).items():
+        assert int((~gone).sum()) == 1
+        assert effective(net())[name][~gone].abs() == effective(net())[name].abs().max()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -263,7 +268,8 @@ def test_needs_training_data_only_to_train() -> None:
 @given(scores=st.lists(st.floats(0, 1), min_size=1, max_size=12))
 def test_single_weights_are_their_own_groups(scores: list[float]) -> None:
     tensor = torch.tensor(scores)
-    assert Weights().pool(tensor) is tensor
+    assert Weights().pool(tensor, "sum") is tensor
+    assert torch.equal(Weights().pool(-tensor, "l2"), tensor)
     assert torch.equal(Weights().spread(tensor > 0.5, tensor.shape), tensor > 0.5)
 
 

@@ -2,39 +2,57 @@ r"""Pruning: any criterion with any pattern, scope and schedule, one-shot or whi
 
 Paper    Han et al. 2015, arXiv:1506.02626 (prune, retrain); Zhu, Gupta 2018, arXiv:1710.01878 (while training)
 Formula  m <- m * [score above the cut];   w <- w * m
-Departs  Masks are computed from the effective weights: what is gone stays gone, so masks nest.
+Departs  What is gone stays gone, so masks nest, except with ``regrow`` and for criteria that say otherwise.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from espalier.core.callback import Callback, Loop
 from espalier.core.context import Context
 from espalier.core.errors import NumericError
-from espalier.core.fields import Epochs, Sparsity, Steps
-from espalier.core.forms import Mask
-from espalier.core.parametrize import attach, require_phase, slots
-from espalier.core.selection import Selection, by_pattern, select
+from espalier.core.fields import Epochs, Fraction, Sparsity, Steps
+from espalier.core.parametrize import Slot, require_phase, slots
+from espalier.core.selection import Selection, matches, select
 from espalier.prune.magnitude import Magnitude
-from espalier.prune.parts import Criterion, CutCriterion, Pattern, Schedule, Scope, Scores
+from espalier.prune.masks import Masks, outputs_first
+from espalier.prune.parts import (
+    Criterion,
+    CutCriterion,
+    FixedPattern,
+    Pattern,
+    Projection,
+    Regrowth,
+    Schedule,
+    Scope,
+    SolvingCriterion,
+    WatchingCriterion,
+)
+from espalier.prune.projections import Projections
+from espalier.prune.regrowth import MomentumRegrowth
+from espalier.prune.rewind import Restarted
 from espalier.prune.schedules import OneShot
-from espalier.prune.scopes import Layer
+from espalier.prune.scopes import Layer, Row
+from espalier.prune.structure import Structural, remove_units
+from espalier.prune.tensors import Tensors
 from espalier.prune.weights import Weights
-from espalier.train import Training
+from espalier.train import SGD, Training
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prune(Training):
     """Prune ``layers`` (patterns) to ``sparsity``; with ``epochs`` the schedule runs while training.
 
-    ``sparsity``: one number, or pattern -> number for scope ``layer``. Without it the criterion or the schedule
-    decides. ``every``: optimizer steps between two mask updates.
+    ``sparsity``: one number, or pattern -> number for scope ``layer``. Without it the criterion, the pattern or the
+    schedule decides. ``every``: optimizer steps between two mask updates. ``rewind``: after each jump of the schedule
+    the kept weights go back to their values at the start of epoch ``rewind_epoch`` (counted from 0) and the learning
+    rate starts anew, or (``lr``) only the latter. ``regrow``: the share of what is left that each mask update
+    exchanges. ``densify``: codes fixed by an earlier step may be given up.
     """
 
     id: ClassVar[str] = "prune"
@@ -46,29 +64,37 @@ class Prune(Training):
     sparsity: Sparsity | dict[str, Sparsity] | None = None
     layers: tuple[str, ...] = ("*",)
     every: Steps = 50
+    rewind: Literal["none", "weights", "lr"] = "none"
+    rewind_epoch: Epochs = 0
+    regrow: Fraction = 0.0
+    regrowth: Regrowth = field(default_factory=MomentumRegrowth)
     densify: bool = False
 
     def conflicts(self) -> list[str]:
-        found = super().conflicts()
-        if isinstance(self.criterion, CutCriterion) and self.sparsity is not None:
-            found.append(f"criterion {self.criterion.id} decides the sparsity itself; leave sparsity unset")
-        if isinstance(self.sparsity, Mapping) and not isinstance(self.scope, Layer):
-            found.append(f"a sparsity per pattern needs scope=layer; got scope={self.scope.id}")
-        if self.schedule.final is not None and self.sparsity not in (None, self.schedule.final):
-            found.append(
-                f"schedule {self.schedule.id} ends at {self.schedule.final}; leave sparsity={self.sparsity} unset"
-            )
-        return found
+        return [*super().conflicts(), *_amounts(self), *_combinations(self), *_training(self)]
 
     def transform(self, model: nn.Module, context: Context) -> nn.Module:
-        """Mask, training on the way where ``epochs`` says so."""
+        """Mask, project or remove, training on the way where ``epochs`` says so."""
+        if isinstance(self.pattern, Structural):
+            return remove_units(self, model, context)
         selection = self._choose(model, context)
-        pruner = _Pruner(self, model, selection, context)
+        pruner: Masks | Projections
+        if isinstance(self.pattern, Projection):
+            pruner = Projections(self, self.pattern, model, selection, context)
+        else:
+            pruner = Masks(self, model, selection, context)
         if self.epochs:
-            self.train(model, context, callbacks=(pruner,), settled=self._settled())
-        pruner.update(1.0)
-        context.record.details["sparsity"] = pruner.sparsities()
+            watcher = pruner.watcher if isinstance(pruner, Masks) else None
+            callbacks = (pruner,) if watcher is None else (watcher, pruner)
+            self._paced().train(model, context, callbacks=callbacks, settled=self._settled())
+        pruner.finish()
         return model
+
+    def _paced(self) -> Training:
+        """This technique with the learning rate of its rounds."""
+        if self.rewind == "none":
+            return self
+        return self.replace(lr_schedule=Restarted(inner=self.lr_schedule, at=self.schedule.jumps))
 
     def _settled(self) -> int:
         """Epochs until the schedule has reached its end: earlier weights are no candidates for the best."""
@@ -76,70 +102,116 @@ class Prune(Training):
         return sum(self.schedule.sparsity(epoch / self.epochs, 1.0) < at_end for epoch in range(1, self.epochs + 1))
 
     def _choose(self, model: nn.Module, context: Context) -> Selection:
-        selection = select(model, self.layers, who=self.name)
+        asked = _with_vectors(model, self.layers, self.name) if self.pattern.vectors else None
+        selection = asked if asked is not None else select(model, self.layers, who=self.name)
+        last = selection.names[-1:] if self.pattern.units and self.layers == ("*",) and selection.count > 1 else ()
+        chosen = []
         for slot in selection:
-            require_phase(slot, ("dense", "mask"), self.name, densify=self.densify)
+            reason = "its units are the model's outputs; name it in layers to prune them" if slot.name in last else None
+            reason = reason or self._refusal(slot)
+            if reason is not None:
+                context.skip(slot.name, reason)
+                continue
+            require_phase(slot, self._phases(), self.name, densify=self.densify)
             if not bool(torch.isfinite(slot.value()).all()):
                 raise NumericError(
                     f"{slot.name} holds NaN or infinity; {self.name} cannot rank it. Train with a lower learning rate."
                 )
+            chosen.append(slot)
         for name, slot in slots(model).items():
             if name not in selection.names and slot.latent.ndim >= 2:
                 context.skip(name, "not among the chosen layers")
-        return selection
+        return Selection(tuple(chosen))
+
+    def _phases(self) -> tuple[Any, ...]:
+        return ("dense",) if isinstance(self.pattern, Projection) else ("dense", "mask")
+
+    def _refusal(self, slot: Slot) -> str | None:
+        """Why pattern or criterion cannot take this weight."""
+        reason = self.pattern.refuses(outputs_first(slot, slot.value()).shape)
+        if reason is None and isinstance(self.criterion, SolvingCriterion):
+            reason = self.criterion.refuses(slot)
+        return reason
 
 
-class _Pruner(Callback):
-    """Recomputes the masks as the schedule asks; the masks live in the forms, so a resume needs no more."""
-
-    def __init__(self, method: Prune, model: nn.Module, selection: Selection, context: Context) -> None:
-        self.method, self.model, self.selection, self.context = method, model, selection, context
-        self.finals = self._final_sparsities()
-        for slot in selection:
-            if not isinstance(slot.form, Mask):
-                attach(slot, Mask(torch.ones_like(slot.latent, dtype=torch.bool)))
-
-    def _final_sparsities(self) -> dict[str, float]:
-        method = self.method
-        default = method.schedule.final if method.schedule.final is not None else method.criterion.default_sparsity
-        table = method.sparsity if isinstance(method.sparsity, Mapping) else {}
-        flat = default if isinstance(method.sparsity, Mapping) or method.sparsity is None else method.sparsity
-        return by_pattern(self.model, self.selection, table, flat if flat is not None else 1.0, who=method.name)
-
-    def on_epoch_start(self, loop: Loop) -> None:
-        self.update(loop.step / loop.steps)
-
-    def after_step(self, loop: Loop) -> None:
-        if loop.step % self.method.every == 0:
-            self.update(loop.step / loop.steps)
-
-    def update(self, progress: float) -> None:
-        """Bring every mask to the sparsity the schedule asks for at ``progress``."""
-        method = self.method
-        with torch.no_grad():
-            scores = method.criterion.scores(self.model, self.selection, self.context)
-            for slot in self.selection:
-                scores[slot.name] = scores[slot.name].masked_fill(~_mask(slot.form), -torch.inf)
-            for name, removed in self._removed(scores, progress).items():
-                form = next(slot.form for slot in self.selection if slot.name == name)
-                _mask(form).logical_and_(~method.pattern.spread(removed, _mask(form).shape))
-
-    def _removed(self, scores: Scores, progress: float) -> dict[str, Tensor]:
-        method = self.method
-        pooled = {name: method.pattern.pool(score) for name, score in scores.items()}
-        if isinstance(method.criterion, CutCriterion):
-            return method.criterion.removed(pooled, method.schedule.sparsity(progress, 1.0))
-        removed: dict[str, Tensor] = {}
-        for final in sorted(set(self.finals.values())):
-            group = {name: score for name, score in pooled.items() if self.finals[name] == final}
-            removed |= method.scope.removed(group, method.schedule.sparsity(progress, final))
-        return removed
-
-    def sparsities(self) -> dict[str, float]:
-        """Fraction of zeros of every pruned weight."""
-        return {slot.name: 1 - float(_mask(slot.form).float().mean()) for slot in self.selection}
+def _with_vectors(model: nn.Module, layers: tuple[str, ...], who: str) -> Selection | None:
+    """The parameters that ``layers`` name, vectors included; None where it names none by itself."""
+    everything = [slot for slot in slots(model).values() if slot.latent.is_floating_point()]
+    named = {
+        slot.name for slot in everything if slot.latent.ndim < 2
+        for pattern in layers if not pattern.startswith(("#", "*")) and matches(pattern, slot, -1)
+    }  # fmt: skip
+    if not named:
+        return None
+    others = [pattern for pattern in layers if not named & {pattern}]
+    found = set(select(model, tuple(others), who=who).names) if others else set[str]()
+    return Selection(tuple(slot for slot in everything if slot.name in named | found))
 
 
-def _mask(form: object) -> Tensor:
-    assert isinstance(form, Mask)  # noqa: S101 - attached in __init__
-    return form.mask
+def _amounts(method: Prune) -> list[str]:
+    """Who decides how much goes."""
+    found = []
+    if isinstance(method.criterion, CutCriterion) and method.sparsity is not None:
+        found.append(f"criterion {method.criterion.id} decides the sparsity itself; leave sparsity unset")
+    if isinstance(method.pattern, FixedPattern) and method.sparsity is not None:
+        found.append(f"pattern {method.pattern.id} decides the sparsity itself; leave sparsity unset")
+    if isinstance(method.pattern, FixedPattern) and not isinstance(method.scope, Layer):
+        found.append(f"pattern {method.pattern.id} chooses inside its groups; scope={method.scope.id} has no say")
+    if isinstance(method.sparsity, Mapping) and not isinstance(method.scope, (Layer, Row)):
+        found.append(f"a sparsity per pattern needs scope=layer; got scope={method.scope.id}")
+    if method.schedule.final is not None and method.sparsity not in (None, method.schedule.final):
+        found.append(
+            f"schedule {method.schedule.id} ends at {method.schedule.final:g}; leave sparsity={method.sparsity} unset"
+        )
+    return found
+
+
+def _combinations(method: Prune) -> list[str]:
+    """Criteria, patterns and scopes that make no sense together."""
+    criterion, pattern, scope = method.criterion, method.pattern, method.scope
+    found = []
+    if criterion.of == "units" and not pattern.units:
+        found.append(f"criterion {criterion.id} scores output units; pattern {pattern.id} does not group by them")
+    if isinstance(criterion, CutCriterion) and not isinstance(pattern, Weights):
+        found.append(f"criterion {criterion.id} cuts single weights; it needs pattern=weights, got {pattern.id}")
+    if isinstance(scope, Row) and not pattern.rows:
+        found.append(f"scope row ranks inside each output; the groups of pattern {pattern.id} are not parts of one")
+    if isinstance(pattern, Tensors) and isinstance(scope, Layer):
+        found.append("pattern tensors ranks whole weights against each other; give scope=global or apart")
+    if isinstance(pattern, Projection) and not isinstance(criterion, Magnitude):
+        found.append(
+            f"pattern {pattern.id} ranks singular values by their magnitude; criterion {criterion.id} has no say"
+        )
+    if isinstance(criterion, SolvingCriterion):
+        if not isinstance(pattern, (Weights, FixedPattern)) or not isinstance(scope, Layer):
+            found.append(f"criterion {criterion.id} solves layer by layer: pattern=weights or n-m, scope=layer")
+        elif isinstance(pattern, FixedPattern) and not isinstance(method.schedule, OneShot):
+            found.append(
+                f"criterion {criterion.id} finds all groups of {pattern.id} at once: schedule=one-shot"
+            )
+    return found
+
+
+def _training(method: Prune) -> list[str]:
+    """What only makes sense in a training, or not in this one."""
+    criterion, found = method.criterion, []
+    if isinstance(criterion, WatchingCriterion) and (not method.epochs or method.schedule.sparsity(0.0, 1.0) > 0):
+        found.append(
+            f"criterion {criterion.id} judges by what it saw in training: give epochs, and a schedule that starts "
+            f"at 0 (linear, cubic); got epochs={method.epochs}, schedule={method.schedule.id}"
+        )
+    if method.rewind != "none" and (not method.epochs or not method.schedule.jumps):
+        found.append(
+            f"rewind={method.rewind} goes back after every round: give epochs and a schedule of rounds (percentile, "
+            f"listed, one-shot); got epochs={method.epochs}, schedule={method.schedule.id}"
+        )
+    if method.rewind == "weights" and isinstance(method.pattern, Projection):
+        found.append(f"rewind=weights needs masks; pattern {method.pattern.id} has none")
+    if method.regrow:
+        if not isinstance(method.pattern, Weights) or isinstance(criterion, (CutCriterion, SolvingCriterion)):
+            found.append("regrow exchanges single weights: it needs pattern=weights and a criterion that ranks")
+        if not method.epochs:
+            found.append("regrow needs epochs: connections come back during training")
+        if isinstance(method.regrowth, MomentumRegrowth) and isinstance(method.optimizer, SGD):
+            found += [] if method.optimizer.momentum else ["momentum-regrowth needs an optimizer with momentum"]
+    return found

@@ -1,0 +1,69 @@
+r"""Rewinding: after each round of pruning the weights, or only the learning rate, go back to an earlier time.
+
+Paper    Frankle, Carbin. The Lottery Ticket Hypothesis. ICLR 2019. arXiv:1803.03635; Frankle et al. Stabilizing the
+         Lottery Ticket Hypothesis. 2019. arXiv:1903.01611 (to epoch k); Renda, Frankle, Carbin. Comparing Rewinding
+         and Fine-tuning in Neural Network Pruning. ICLR 2020. arXiv:2003.02389 (learning rate)
+Formula  after round r: w <- m_r * w_k;   lr: the schedule of each round runs from its beginning
+Departs  A round lasts until the next jump of the sparsity schedule. Weights found before epoch k are kept as they are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from espalier.core.callback import Loop
+from espalier.core.fields import Fraction
+from espalier.core.parametrize import slots
+from espalier.train.schedule import Constant, LearningRateSchedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class Restarted(LearningRateSchedule):
+    """``inner`` once in every round; rounds begin at 0 and at each of ``at`` (shares of the training)."""
+
+    id: ClassVar[str] = "restarted"
+    inner: LearningRateSchedule = field(default_factory=Constant)
+    at: tuple[Fraction, ...] = ()
+
+    def factor(self, step: int, steps: int) -> float:
+        marks = sorted({0, steps, *(round(share * steps) for share in self.at)})
+        first = max(mark for mark in marks if mark <= step or mark == 0)
+        last = min((mark for mark in marks if mark > first), default=steps)
+        return self.inner.factor(step - first, max(1, last - first))
+
+    def decay(self, progress: float) -> float:
+        """Only :meth:`factor` knows the rounds."""
+        return self.inner.decay(progress)
+
+
+class Snapshot:
+    """Every parameter's latent tensor as it was at ``epoch``."""
+
+    def __init__(self, epoch: int) -> None:
+        self.epoch, self.values = epoch, dict[str, Tensor]()
+
+    def watch(self, loop: Loop) -> None:
+        """Take the values when their time has come."""
+        if not self.values and loop.epoch == self.epoch:
+            self.values = {name: slot.latent.detach().clone() for name, slot in slots(loop.model).items()}
+
+    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Put the values back and let the optimizer forget what it gathered."""
+        if not self.values:
+            return
+        with torch.no_grad():
+            for name, slot in slots(model).items():
+                slot.latent.copy_(self.values[name])
+        optimizer.state.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The values."""
+        return dict(self.values)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take the values back."""
+        self.values = dict(state)
