@@ -216,6 +216,75 @@ def compress(
         raise typer.Exit(3)
 
 
+Share = Annotated[str | None, typer.Option(help="Share to remove (50%), times less (2x), or what may stay (200k).")]
+
+
+@app.command()
+def prune(
+    project: ProjectFile,
+    channels: Annotated[str | None, typer.Option(help="Share of the channels of every group to remove: 50%.")] = None,
+    parameters: Share = None,
+    macs: Share = None,
+    size: Share = None,
+    ms: Share = None,
+    sparsity: Annotated[str | None, typer.Option(help="Share of single weights to mask: 90%.")] = None,
+    part: Annotated[
+        str | None, typer.Option(help="Of a transformer: heads, width, feed-forward or hidden alone.")
+    ] = None,
+    criterion: Annotated[
+        str | None, typer.Option(help="What is unimportant: magnitude, sensitivity, random ...")
+    ] = None,
+    pattern: Annotated[str | None, typer.Option(help="With --sparsity: weights, blocks, n-m, kernel-parts ...")] = None,
+    scope: Annotated[str | None, typer.Option(help="layer, global, isomorphic or apart.")] = None,
+    schedule: Annotated[str | None, typer.Option(help="one-shot, linear, cubic ...")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Epochs during which the schedule runs.", min=0)] = None,
+    finetune: Annotated[int, typer.Option(help="Epochs of fine-tuning afterwards.", min=0)] = 0,
+    multiple: Annotated[int, typer.Option(help="Round channel counts to multiples of this.", min=1)] = 1,
+    layers: Annotated[
+        list[str] | None, typer.Option(help="Layers by name, type:Conv2d or #0; repeat for more.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and change nothing.")] = False,
+    out: Annotated[Path, typer.Option(help="Run directory.")] = Path("runs/pruned"),
+    seed: Annotated[int, typer.Option(help="Root of every random number.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
+    data_dir: DataDir = None,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Prune a model to a target in your units: channels, parameters, MACs, bytes or milliseconds; or mask weights."""
+    _prepare(data_dir, threads)
+    from espalier import api
+    from espalier.cli import prune as pruning
+    from espalier.cli.progress import shown
+    from espalier.cli.project import load_project
+    from espalier.core.recipe import Recipe
+    from espalier.train import Finetune
+
+    api.fill_registry()
+    amounts = {
+        "channels": channels, "parameters": parameters, "macs": macs, "size": size, "ms": ms, "sparsity": sparsity,
+    }  # fmt: skip
+    fields = {
+        "criterion": criterion, "pattern": pattern, "scope": scope, "schedule": schedule, "epochs": epochs,
+        "layers": layers or None,
+    }  # fmt: skip
+    with _warnings_as_sentences():
+        loaded = load_project(project)
+        step = pruning.build(loaded, amounts, fields, multiple, part)
+        if dry_run:
+            found = pruning.dry_run(project, step, loaded)
+            emit(found) if as_json else pruning.show_plan(found)
+            return
+        recipe = Recipe(steps=(step, Finetune(epochs=finetune))) if finetune else Recipe(steps=(step,))
+        with shown(quiet=as_json) as listener:
+            result = api.compress(
+                loaded.model, loaded.task, recipe, out=out, seed=seed, resume=resume, models=loaded.models,
+                listener=listener,
+            )  # fmt: skip
+    (out / PROJECT_NOTE).write_text(f"{project.resolve()}\n")
+    _show(result.record, out, as_json=as_json)
+
+
 def _show(record: dict[str, Any], out: Path, *, as_json: bool) -> None:
     if as_json:
         emit(record)

@@ -1,0 +1,56 @@
+"""espalier's side of the comparison: remove channels down to half the parameters, no hints."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+import espalier as es
+from benchmarks.zoo_parts.checks import EXACT, Row, attempt, common_checks, late_checks, output_of, within
+from benchmarks.zoo_parts.models import relative
+from espalier.core.recipe import FileOptions
+from espalier.core.task import Task
+from espalier.prune.removal import remove_channels
+from espalier.runs.files import freeze_model, write_self_contained
+
+
+def prune_to_half(model: nn.Module, x: Tensor) -> Any:
+    """The pruned model with its plan, boundaries and difference to the masked reference."""
+    return remove_channels(model, (x,), sparsity=0.5, measure="parameters")
+
+
+def prune(row: Row, model: nn.Module, x: Tensor, seconds: float) -> Any:
+    """Prune and say how; an exception is a failure of the row."""
+    started = time.perf_counter()
+    result = prune_to_half(model, x)
+    row["seconds"]["prune"] = round(time.perf_counter() - started, 2)
+    row["kind"] = result.kind
+    row["boundaries"] = list(result.boundaries)
+    return result
+
+
+def check(row: Row, model: nn.Module, result: Any, x: Tensor) -> None:
+    """All assertions on the result of ``prune``."""
+    pruned = result.model
+    runs = common_checks(row, model, pruned, x)
+    attempt(row, "boundaries_listed", lambda: isinstance(result.boundaries, tuple))
+    attempt(row, "masked_reference", lambda: within(row, "masked_reference", float(result.difference), EXACT))
+    if runs:
+        attempt(row, "saved", lambda: within(row, "saved", saved_and_loaded(row, pruned, x), EXACT))
+        late_checks(row, model, pruned, x)
+
+
+def saved_and_loaded(row: Row, pruned: nn.Module, x: Tensor) -> float:
+    """Write the self-contained file, load it without the class, compare."""
+    frozen = freeze_model(pruned, Task(val=[x]))
+    if frozen.graph is None:
+        raise RuntimeError(frozen.refusal)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.espalier"
+        write_self_contained(frozen, path, FileOptions(coders=()), "fp32")
+        row["file_bytes"] = path.stat().st_size
+        return relative(output_of(es.load(path, max_bytes=2**34, max_elements=2**31), x), output_of(pruned, x))
