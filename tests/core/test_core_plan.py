@@ -12,7 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from espalier.core.errors import Corrupt, EspalierError, LimitExceeded, ModelError, PhaseError, UnknownNameError
+from espalier.core.errors import (
+    Corrupt,
+    EspalierError,
+    FileError,
+    LimitExceeded,
+    ModelError,
+    PhaseError,
+    UnknownNameError,
+)
 from espalier.core.forms import Mask, Shared
 from espalier.core.parametrize import attach, slots
 from espalier.core.plan import (
@@ -26,6 +34,7 @@ from espalier.core.plan import (
     Replace,
     SetAttribute,
     Tie,
+    applied,
     build,
     scale_and_shift,
 )
@@ -89,7 +98,7 @@ def test_plans_add_up_and_print_one_line_per_edit() -> None:
     one, two = Plan(PLAN.edits[:2]), Plan(PLAN.edits[2:])
     assert one + two == PLAN
     assert len(str(PLAN).splitlines()) == len(PLAN.edits)
-    assert str(one).splitlines()[0] == "edit=keep, tensor=0.weight, dim=0, index=(0, 2, 5)"
+    assert str(one).splitlines()[0] == "0.weight: keep 3 along dimension 0"
     assert Plan().apply(BY_NAME["mlp"].build()) is not None
 
 
@@ -208,11 +217,55 @@ def test_edits_that_do_not_fit_are_named(edit: Any, error: type[Exception], word
         edit.apply(BY_NAME["mlp"].build())
 
 
-def test_keep_refuses_a_training_form() -> None:
+def test_keep_cuts_a_training_form_along() -> None:
     model = BY_NAME["mlp"].build()
-    attach(slots(model)["0.weight"], Mask(torch.ones(8, 6, dtype=torch.bool)))
-    with pytest.raises(PhaseError):
-        Keep(tensor="0.weight", dim=0, index=(0,)).apply(model)
+    mask = torch.rand(8, 6, generator=torch.Generator().manual_seed(0)) > 0.5
+    slot = slots(model)["0.weight"]
+    attach(slot, Mask(mask.clone()))
+    before, latent = slot.value().clone(), slot.latent
+    Keep(tensor="0.weight", dim=0, index=(1, 5)).apply(model)
+    cut = slots(model)["0.weight"]
+    assert cut.latent is latent
+    assert bits(cut.value()) == bits(before[[1, 5]])
+    assert bits(cut.form.mask) == bits(mask[[1, 5]])
+
+
+def test_indices_travel_as_runs() -> None:
+    edit = Keep(tensor="0.weight", dim=0, index=(0, 1, 2, 5, 7, 8))
+    assert edit.to_json()["index"] == "0-2,5,7-8"
+    assert Plan.from_json([edit.to_json()]).edits == (edit,)
+    for bad in ("0-", "a", "3-1-2", "-1", "0,,1", "0-99999999999"):
+        with pytest.raises(FileError):
+            Plan.from_json([{**edit.to_json(), "index": bad}])
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adam"])
+def test_the_optimizer_is_cut_along(kind: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    build = {"sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), "adam": torch.optim.Adam}[kind]
+    optimizer = build(model.parameters())
+    model(torch.randn(5, 4)).square().sum().backward()
+    optimizer.step()
+    key = {"sgd": "momentum_buffer", "adam": "exp_avg"}[kind]
+    first, last = (optimizer.state[model[i].weight][key].clone() for i in (0, 2))
+    plan = Plan(
+        (
+            Keep(tensor="0.weight", dim=0, index=(0, 3)),
+            Keep(tensor="0.bias", dim=0, index=(0, 3)),
+            Keep(tensor="2.weight", dim=1, index=(0, 3)),
+            SetAttribute(path="0", name="out_features", value=2),
+            SetAttribute(path="2", name="in_features", value=2),
+        )
+    )
+    plan.apply(model, optimizer)
+    assert bits(optimizer.state[model[0].weight][key]) == bits(first[[0, 3]])
+    assert bits(optimizer.state[model[2].weight][key]) == bits(last[:, [0, 3]])
+    before = [p.detach().clone() for p in model.parameters()]
+    model(torch.randn(5, 4)).square().sum().backward()
+    optimizer.step()
+    assert not any(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert applied(model) == plan
 
 
 @pytest.mark.parametrize(

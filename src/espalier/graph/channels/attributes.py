@@ -1,3 +1,4 @@
+# ruff: noqa: ARG001, ARG005 - every entry of the table has one signature
 """Sizes that modules keep as plain attributes, brought to what is left after surgery.
 
 torch's own layers are known by class. Of the others, attributes that hold a size their module's traced calls have baked
@@ -19,16 +20,21 @@ Shapes = Mapping[str, Shape]
 """Shapes of one module's own tensors, by their last name."""
 
 
+def _weight(new: Shapes) -> Shape:
+    """The shape of a layer's weight, also where it is held as direction and length."""
+    return new["weight"] if "weight" in new else new["weight_v"]
+
+
 def _linear(new: Shapes, groups: int) -> dict[str, Any]:
-    return {"in_features": new["weight"][1], "out_features": new["weight"][0]}
+    return {"in_features": _weight(new)[1], "out_features": _weight(new)[0]}
 
 
 def _convolution(new: Shapes, groups: int) -> dict[str, Any]:
-    return {"in_channels": new["weight"][1] * groups, "out_channels": new["weight"][0], "groups": groups}
+    return {"in_channels": _weight(new)[1] * groups, "out_channels": _weight(new)[0], "groups": groups}
 
 
 def _transposed(new: Shapes, groups: int) -> dict[str, Any]:
-    return {"in_channels": new["weight"][0], "out_channels": new["weight"][1] * groups, "groups": groups}
+    return {"in_channels": _weight(new)[0], "out_channels": _weight(new)[1] * groups, "groups": groups}
 
 
 def _batch_norm(new: Shapes, groups: int) -> dict[str, Any]:
@@ -36,15 +42,15 @@ def _batch_norm(new: Shapes, groups: int) -> dict[str, Any]:
 
 
 def _layer_norm(new: Shapes, groups: int) -> dict[str, Any]:
-    return {"normalized_shape": new["weight"]}
+    return {"normalized_shape": _weight(new)}
 
 
 def _group_norm(new: Shapes, groups: int) -> dict[str, Any]:
-    return {"num_channels": new["weight"][0], "num_groups": groups}
+    return {"num_channels": _weight(new)[0], "num_groups": groups}
 
 
 def _embedding(new: Shapes, groups: int) -> dict[str, Any]:
-    return {"num_embeddings": new["weight"][0], "embedding_dim": new["weight"][1]}
+    return {"num_embeddings": _weight(new)[0], "embedding_dim": _weight(new)[1]}
 
 
 def _recurrent(new: Shapes, groups: int) -> dict[str, Any]:
@@ -62,10 +68,10 @@ STANDARD: tuple[tuple[Any, Callable[[Shapes, int], dict[str, Any]]], ...] = (
     ((nn.LayerNorm, nn.RMSNorm), _layer_norm),
     (nn.GroupNorm, _group_norm),
     ((nn.Embedding, nn.EmbeddingBag), _embedding),
-    (nn.PReLU, lambda new, groups: {"num_parameters": new["weight"][0]}),
+    (nn.PReLU, lambda new, groups: {"num_parameters": _weight(new)[0]}),
     (nn.RNNBase, _recurrent),
-    (nn.Bilinear, lambda new, groups: {"out_features": new["weight"][0], "in1_features": new["weight"][1],
-                                       "in2_features": new["weight"][2]}),
+    (nn.Bilinear, lambda new, groups: {"out_features": _weight(new)[0], "in1_features": _weight(new)[1],
+                                       "in2_features": _weight(new)[2]}),
 )  # fmt: skip
 
 
@@ -121,12 +127,11 @@ def _baked(old: Graph, new: Graph) -> dict[str, Changes]:
             continue
         for name, value in after.args.items():
             was = before.args.get(name)
-            pairs = (
-                zip(was, value, strict=False) if isinstance(was, tuple) and isinstance(value, tuple) else [(was, value)]
-            )
-            changed = {a: b for a, b in pairs if type(a) is int and type(b) is int and a != b}
+            both = isinstance(was, tuple) and isinstance(value, tuple)
+            pairs: Any = zip(was, value, strict=False) if both else [(was, value)]  # type: ignore[arg-type]
+            changed: Changes = {a: b for a, b in pairs if type(a) is int and type(b) is int and a != b}
             if isinstance(was, tuple) and was != value:
-                changed[was] = value  # type: ignore[index]
+                changed[was] = value
             if changed:
                 found[before.path] = {**changed, **found.get(before.path, {})}
     return found

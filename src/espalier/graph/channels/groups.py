@@ -148,17 +148,35 @@ def _families(flow: Flow) -> list[_Family]:
     found = []
     for back in range(1, choices + 1):
         extra, stay = list(ties), pinned_atoms.copy()
+        taken = np.zeros(atoms.count, dtype=np.int8)
         for product in open_:
             alive = _alive(product, root, pinned)
-            chosen = alive[max(0, len(alive) - back)]
-            axis = product.axes[chosen]
-            moved = np.moveaxis(product.grid, chosen, 0).reshape(len(axis), -1)
+            chosen = _choice([taken[root[product.axes[n]]] for n in alive], back)
+            axis = product.axes[alive[chosen]]
+            moved = np.moveaxis(product.grid, alive[chosen], 0).reshape(len(axis), -1)
             extra += [(np.repeat(axis, moved.shape[1]), moved.reshape(-1))]
+            taken[root[axis]] = TAKEN
             for number, other in enumerate(product.axes):
-                if number != chosen:
+                if number != alive[chosen]:
                     stay[other] = True
+                    taken[root[other]] = LEFT
         found.append(_Family(*_closed(atoms.count, extra, stay), *kinds))
     return found
+
+
+TAKEN, LEFT = 1, 2
+
+
+def _choice(states: list[NDArray[np.int8]], back: int) -> int:
+    """Which axis of a product this family cuts: one that it cuts elsewhere, else the ``back``-th from the end.
+
+    Axes that it leaves whole elsewhere come last: the heads of query, key and value are one axis in several products.
+    """
+    for number, state in enumerate(states):
+        if (state == TAKEN).any():
+            return number
+    free = [number for number, state in enumerate(states) if not (state == LEFT).any()] or list(range(len(states)))
+    return free[max(0, len(free) - back)]
 
 
 def _alive(product: Product, root: Ids, pinned: NDArray[np.bool_]) -> list[int]:
