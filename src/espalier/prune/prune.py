@@ -38,7 +38,7 @@ from espalier.prune.regrowth import MomentumRegrowth
 from espalier.prune.rewind import Restarted
 from espalier.prune.schedules import OneShot
 from espalier.prune.scopes import Layer, Row
-from espalier.prune.structure import Structural, remove_units
+from espalier.prune.structure import Removing
 from espalier.prune.tensors import Tensors
 from espalier.prune.weights import Weights
 from espalier.train import SGD, Training
@@ -75,8 +75,8 @@ class Prune(Training):
 
     def transform(self, model: nn.Module, context: Context) -> nn.Module:
         """Mask, project or remove, training on the way where ``epochs`` says so."""
-        if isinstance(self.pattern, Structural):
-            return remove_units(self, model, context)
+        if isinstance(self.pattern, Removing):
+            return self.pattern.transform(self, model, context)
         selection = self._choose(model, context)
         pruner: Masks | Projections
         if isinstance(self.pattern, Projection):
@@ -186,9 +186,7 @@ def _combinations(method: Prune) -> list[str]:
         if not isinstance(pattern, (Weights, FixedPattern)) or not isinstance(scope, Layer):
             found.append(f"criterion {criterion.id} solves layer by layer: pattern=weights or n-m, scope=layer")
         elif isinstance(pattern, FixedPattern) and not isinstance(method.schedule, OneShot):
-            found.append(
-                f"criterion {criterion.id} finds all groups of {pattern.id} at once: schedule=one-shot"
-            )
+            found.append(f"criterion {criterion.id} finds all groups of {pattern.id} at once: schedule=one-shot")
     return found
 
 

@@ -47,16 +47,35 @@ REESTIMATED = 32
 
 
 @dataclass(frozen=True, kw_only=True)
-class Structural(Pattern):
-    """A pattern whose groups are removed, not masked.
+class Removing(Pattern):
+    """A pattern whose groups are removed, not masked: it does the whole work of ``prune.prune`` itself."""
+
+    rows: ClassVar[bool] = False
+
+    @abstractmethod
+    def transform(self, method: Prune, model: nn.Module, context: Context) -> nn.Module:
+        """What ``method`` does to ``model``, a copy it owns."""
+
+    def pool(self, scores: Tensor, reduction: Reduction) -> Tensor:
+        """There are no masks to pool scores for."""
+        raise UsageError(f"{self.name} removes; it has no masks.")
+
+    def spread(self, removed: Tensor, shape: torch.Size) -> Tensor:
+        """There are no masks to spread."""
+        raise UsageError(f"{self.name} removes; it has no masks.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Structural(Removing):
+    """A pattern that removes units of channel groups.
 
     ``measure``: what ``sparsity`` is a fraction of: units in every group, or parameters, multiply-adds, bytes of the
-    encoded weights or measured milliseconds (torch, one thread) of the whole model. ``multiple``: unit counts are rounded to it.
+    encoded weights or measured milliseconds (torch, one thread) of the whole model. ``multiple``: unit counts are
+    rounded to it.
     ``normalise``: divide the scores of a group by their mean, so that groups of different cost compare.
     """
 
     units: ClassVar[bool] = True
-    rows: ClassVar[bool] = False
     measure: Measure = "units"
     multiple: Multiple = 1
     normalise: bool = True
@@ -65,13 +84,9 @@ class Structural(Pattern):
     def groups(self, found: ChannelGroups) -> tuple[Group, ...]:
         """The groups this pattern takes units from."""
 
-    def pool(self, scores: Tensor, reduction: Reduction) -> Tensor:
-        """Structural patterns pool over coupled layers: see :func:`unit_scores`."""
-        raise UsageError(f"{self.name} removes units; it has no masks.")
-
-    def spread(self, removed: Tensor, shape: torch.Size) -> Tensor:
-        """Structural patterns have no masks."""
-        raise UsageError(f"{self.name} removes units; it has no masks.")
+    def transform(self, method: Prune, model: nn.Module, context: Context) -> nn.Module:
+        """Score, choose, remove."""
+        return remove_units(method, model, context)
 
 
 def unit_scores(groups: Sequence[Group], scores: Scores, criterion: Criterion) -> dict[str, Tensor]:

@@ -54,16 +54,17 @@ def masked_outputs(flow: Flow, tensors: Mapping[str, Tensor], inputs: Sequence[T
     device = inputs[0].device if inputs else torch.device("cpu")
     with torch.no_grad():
         for number in range(len(graph.nodes)):
-            values[len(inputs) + number] = _run(flow, number, values, tensors, gone, device)
+            values[len(inputs) + number] = run_node(flow, number, values, tensors, gone, device)
             for index in keep.get(number, ()):
                 if index not in shown:
                     values.pop(index, None)
     return fill(graph.output, lambda leaf: values[leaf.index] if isinstance(leaf, Value) else tensors[leaf.name])
 
 
-def _run(
+def run_node(
     flow: Flow, number: int, values: Mapping[int, Any], tensors: Mapping[str, Tensor], gone: Gone, device: torch.device
 ) -> Any:
+    """Node ``number`` of the full graph on ``values`` and ``tensors``, with ``gone`` cut out of what it reads."""
     node = flow.graph.nodes[number]
     operator = TABLE[node.op]
     touched = any(ids is not None and gone[ids].any() for x in all_labels(flow.arguments(node)) for ids in x.ids)
