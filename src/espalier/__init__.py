@@ -9,7 +9,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # "import a.b as b": a from-import of itself would be typed by __getattr__, as Any
+    import espalier.compact as compact  # noqa: PLR0402
     import espalier.data as data  # noqa: PLR0402
+    import espalier.deploy as deploy  # noqa: PLR0402
     import espalier.encode as encode  # noqa: PLR0402
     import espalier.graph as graph  # noqa: PLR0402
     import espalier.measure as measure  # noqa: PLR0402
@@ -42,10 +44,12 @@ _HOMES = {
     "unpack": "espalier.encode",
     "verify": "espalier.encode",
 }
-_ROOMS = ("data", "encode", "graph", "measure", "prune", "recipes", "report", "runs", "share", "tasks", "train")
+_ROOMS = ("compact", "data", "deploy", "encode", "graph", "measure", "prune", "recipes", "report", "runs", "share",
+          "tasks", "train")  # fmt: skip
 
-__all__ = ["Context", "Metric", "Recipe", "Target", "Task", "compress", "data", "encode", "graph", "info", "load",
-           "measure", "prune", "recipes", "report", "runs", "share", "tasks", "train", "unpack", "verify"]  # fmt: skip
+__all__ = ["Context", "Metric", "Recipe", "Target", "Task", "compact", "compress", "data", "deploy", "encode", "graph",
+           "info", "load", "measure", "prune", "recipes", "report", "runs", "share", "tasks", "train", "unpack",
+           "verify"]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

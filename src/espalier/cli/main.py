@@ -365,6 +365,44 @@ def bench(
 
 
 @app.command()
+def export(
+    source: Annotated[Path, typer.Argument(help="A run directory, an .espalier file or a project file.")],
+    to: Annotated[str, typer.Option(help="onnx, openvino or safetensors.")] = "onnx",
+    out: Annotated[Path | None, typer.Option(help="The file to write [model.onnx, .xml, .safetensors beside].")] = None,
+    project: Annotated[
+        Path | None, typer.Option(help="Project file whose task gives example and metric [the run's own].")
+    ] = None,
+    threads: Annotated[int, typer.Option(help="Threads of the runtimes and of torch.", min=1)] = 1,
+    tolerance: Annotated[float, typer.Option(help="Largest relative difference of an output.", min=0.0)] = 1e-4,
+    data_dir: DataDir = None,
+    as_json: Json = False,
+) -> None:
+    """Export to ONNX or OpenVINO; the written file is run, compared with the model and timed beside it."""
+    _prepare(data_dir, None)
+    from espalier.cli import export as exporting
+    from espalier.cli.progress import shown
+    from espalier.core.context import Progress
+
+    note = source / PROJECT_NOTE
+    if project is None and note.is_file() and Path(note.read_text().strip()).is_file():
+        project = Path(note.read_text().strip())
+    with _warnings_as_sentences(), shown(quiet=as_json) as listener:
+
+        def tell(what: str, done: int, total: int) -> None:
+            if listener is not None:
+                listener(Progress("export", what, done, total, {}))
+
+        found = exporting.export(
+            source, to, out, project, threads=threads, tolerance=tolerance, progress=tell
+        )  # fmt: skip
+    if as_json:
+        emit(found)
+        return
+    for line in exporting.lines(found):
+        say(line)
+
+
+@app.command()
 def verify(file: File, as_json: Json = False) -> None:
     """Decode a whole file and check every checksum."""
     from espalier.encode import verify as check

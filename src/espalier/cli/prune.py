@@ -1,4 +1,4 @@
-"""``espalier prune``: channels removed, or weights masked, to a target in the user's units; a plan before anything runs."""
+"""``espalier prune``: channels removed, or weights masked, to a target in the user's units; a plan first."""
 
 from __future__ import annotations
 

@@ -39,6 +39,10 @@ class Growing(SparsityPenalty):
     sparsity: Sparsity = 0.5
     ceiling: Positive = 1.0
 
+    @property
+    def outputs(self) -> bool:
+        return self.of == "filters"
+
     def start(self, model: nn.Module, selection: Selection, context: Context) -> Sparsifier:
         return _Growing(self, selection)
 

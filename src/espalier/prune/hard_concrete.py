@@ -1,6 +1,7 @@
 r"""L0 regularisation: every weight or group has a gate that is open with a learned probability.
 
-Paper    Louizos, Welling, Kingma. Learning Sparse Neural Networks through L0 Regularization. ICLR 2018. arXiv:1712.01312
+Paper    Louizos, Welling, Kingma. Learning Sparse Neural Networks through L0 Regularization. ICLR 2018.
+         arXiv:1712.01312
 Formula  s = sigmoid((log u - log(1-u) + log_alpha) / beta),   z = clip(s (zeta - gamma) + gamma, 0, 1),   w' = z w;
          L + strength * sum_g n_g sigmoid(log_alpha_g - beta log(-gamma / zeta));
          at the end z = clip(sigmoid(log_alpha) (zeta - gamma) + gamma, 0, 1)
@@ -78,12 +79,16 @@ class Gated(Transient):
 
 @dataclass(frozen=True, kw_only=True)
 class HardConcrete(SparsityPenalty):
-    """``strength``: the cost of one weight that is not zero; ``speed``: how much faster log_alpha moves than weights."""
+    """``strength``: the cost of a weight that is not zero; ``speed``: how much faster log_alpha moves than weights."""
 
     id: ClassVar[str] = "l0"
     of: Literal["weights", "filters", "channels"] = "weights"
     strength: Penalty = 1e-5
     speed: Positive = 20.0
+
+    @property
+    def outputs(self) -> bool:
+        return self.of == "filters"
 
     def start(self, model: nn.Module, selection: Selection, context: Context) -> Sparsifier:
         return _Gates(self, selection, context)

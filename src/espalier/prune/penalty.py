@@ -3,7 +3,8 @@
 The step size follows the optimizer, so that a strength means the same with each: the optimum of loss + penalty is a
 fixed point. Gradient descent moves along -lr / (1 - momentum) g in the long run; Adam moves each weight by its own
 lr / (sqrt(v) + eps), and the proximal step is taken in that metric (Yun, Lozano, Yang. ProxGen. NeurIPS 2021). A group
-takes the mean of its weights' step sizes.
+takes the mean of its weights' metrics, the harmonic mean of their steps: an input that is always 0 has no gradient and
+a boundless step of its own, which must not decide for the others.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def step_sizes(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Tensor | 
     """How far one unit of gradient moves each entry of ``parameter``: a number, or a tensor of its shape."""
     for group in optimizer.param_groups:
         if any(parameter is member for member in group["params"]):
-            state: dict[str, Any] = optimizer.state.get(parameter, {})  # type: ignore[call-overload]
+            state: dict[str, Any] = optimizer.state.get(parameter, {})
             if "exp_avg_sq" in state:
                 corrected = state["exp_avg_sq"] / (1 - group["betas"][1] ** float(state["step"]))
                 step: Tensor = group["lr"] / (corrected.sqrt() + group["eps"])
@@ -46,6 +47,11 @@ class SparsityPenalty(Method):
     """What pulls weights to zero in ``prune.regularize``."""
 
     kind: ClassVar[str] = "sparsity-penalty"
+
+    @property
+    def outputs(self) -> bool:
+        """Whether whole output units go: then the model's outputs are left alone."""
+        return False
 
     @abstractmethod
     def start(self, model: nn.Module, selection: Selection, context: Context) -> Sparsifier:

@@ -27,5 +27,9 @@ class Regularize(SparsifyingTraining):
     id: ClassVar[str] = "regularize"
     penalty: SparsityPenalty = field(default_factory=L1)
 
+    @property
+    def outputs(self) -> bool:
+        return self.penalty.outputs
+
     def start(self, model: nn.Module, selection: Selection, context: Context) -> Sparsifier:
         return self.penalty.start(model, selection, context)

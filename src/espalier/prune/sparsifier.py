@@ -211,7 +211,7 @@ class SparsifyingTraining(Training):
 
     epochs: Epochs = 10
     layers: tuple[str, ...] = ("*",)
-    until: Fraction = 0.8
+    until: Fraction = 0.5
     densify: bool = False
 
     def conflicts(self) -> list[str]:
@@ -219,6 +219,11 @@ class SparsifyingTraining(Training):
         if not self.epochs:
             found.append("epochs=0 trains nothing; this method makes weights zero by training, give epochs above 0")
         return found
+
+    @property
+    def outputs(self) -> bool:
+        """Whether whole output units go: then the model's outputs are left alone."""
+        return False
 
     @abstractmethod
     def start(self, model: nn.Module, selection: Selection, context: Context) -> Sparsifier:
@@ -256,4 +261,7 @@ class SparsifyingTraining(Training):
         for slot in selection:
             if not slot.latent.requires_grad:
                 context.skip(slot.name, "frozen: it does not train, so nothing makes it sparse")
-        return selection.where(lambda slot: slot.latent.requires_grad)
+        last = selection.names[-1:] if self.outputs and self.layers == ("*",) and selection.count > 1 else ()
+        for name in last:
+            context.skip(name, "its units are the model's outputs; name it in layers to prune them")
+        return selection.where(lambda slot: slot.latent.requires_grad and slot.name not in last)

@@ -157,7 +157,9 @@ def _replayed(plan: Plan, model: nn.Module, path: str | Path) -> nn.Module:
     try:
         return plan.apply(model)
     except (ModelError, UnknownNameError, PhaseError) as error:
-        raise UsageError(f"{path} does not fit {type(model).__name__}: {error} Give the model it was made from.") from error
+        raise UsageError(
+            f"{path} does not fit {type(model).__name__}: {error} Give the model it was made from."
+        ) from error
 
 
 def outputs_agree(first: nn.Module, second: nn.Module, task: Task) -> float:

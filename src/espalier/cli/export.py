@@ -1,0 +1,99 @@
+"""``espalier export``: a model for another runtime; the written file is run, compared and timed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from espalier.core.errors import UsageError, did_you_mean
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from espalier.core.task import Task
+    from espalier.deploy import Exported
+
+FORMATS = {"onnx": "model.onnx", "openvino": "model.xml", "safetensors": "model.safetensors"}
+
+
+def export(
+    source: Path, to: str, out: Path | None, project: Path | None, *, threads: int, tolerance: float, progress: Any
+) -> dict[str, Any]:
+    """Write, run, compare and time; everything as plain data."""
+    from espalier import deploy
+    from espalier.cli.project import load_project
+
+    if to not in FORMATS:
+        raise UsageError(f"--to {to!r} is not a format.{did_you_mean(to, FORMATS)} Allowed: {', '.join(FORMATS)}.")
+    model, task = _load(source)
+    if task is None and project is not None:
+        task = load_project(project).task
+    path = out or _beside(source, to)
+    if to == "safetensors":
+        return {"to": to, **deploy.to_safetensors(model, path).to_json()}
+    example: Any = task if task is not None else None
+    write = deploy.to_onnx if to == "onnx" else deploy.to_openvino
+    done = write(model, example, path, tolerance=tolerance, progress=progress)
+    found: dict[str, Any] = {"to": to, **done.to_json()}
+    found["latency"] = _latency(model, example, done, threads)
+    if task is not None and task.val is not None:
+        name = "onnxruntime" if to == "onnx" else "openvino"
+        if name in deploy.available():
+            scores = [task.measure(m, "val", model) for m in (model, deploy.open(path, name, threads=threads).module())]
+            found["metric"] = {"name": task.scorer().name, "torch": scores[0].value, name: scores[1].value,
+                               "stderr": scores[0].stderr}  # fmt: skip
+    return found
+
+
+def _load(source: Path) -> tuple[nn.Module, Task | None]:
+    from espalier import load
+    from espalier.cli.project import load_project
+
+    if source.is_dir():
+        file = source / "model.espalier"
+        if not file.is_file():
+            raise UsageError(f"{source} has no model.espalier; give a finished run, an .espalier file or a project.py.")
+        return load(file), None
+    if source.suffix == ".py":
+        found = load_project(source)
+        return found.model, found.task
+    if source.suffix == ".espalier":
+        return load(source), None
+    raise UsageError(f"{source} is neither a run directory, an .espalier file nor a project file (.py).")
+
+
+def _beside(source: Path, to: str) -> Path:
+    return (source if source.is_dir() else source.parent) / FORMATS[to]
+
+
+def _latency(model: nn.Module, example: Any, done: Exported, threads: int) -> dict[str, Any]:
+    from espalier.core.model import copy_model
+    from espalier.core.parametrize import plain
+    from espalier.deploy.check import resized
+    from espalier.deploy.export import example_call
+    from espalier.measure.runtimes import runtime_latency
+
+    call = example_call(plain(copy_model(model)).cpu().eval(), example)
+    args, kwargs = resized(call, 1) if done.free_batch else call
+    timed = runtime_latency(model, [done.path], args, kwargs, threads=threads)
+    return {name: row.to_json() for name, row in timed.items()}
+
+
+def lines(found: dict[str, Any]) -> list[str]:
+    """What a person reads."""
+    said = [f"{name}: {size:,} bytes" for name, size in found["files"].items()]
+    for check in found.get("checks", ()):
+        said.append(
+            f"{check['runtime']}, batch {check['batch']}: outputs within {check['difference']:.1e} of the model's"
+        )
+    if "metric" in found:
+        metric = dict(found["metric"])
+        name, error = metric.pop("name"), metric.pop("stderr")
+        said.append(f"{name} on val: " + ", ".join(f"{k} {v:.2f}" for k, v in metric.items()) + f" (+- {error:.2f})")
+    for name, row in found.get("latency", {}).items():
+        said.append(
+            f"{name:<12} {row['median_ms']:8.3f} ms ({row['p10_ms']:.3f} to {row['p90_ms']:.3f})   "
+            f"{row['threads']} thread{'s' * (row['threads'] > 1)}, batch {row['batch']}, {row['runs']} runs in turn"
+        )
+    said += list(found.get("notes", ()))
+    return said

@@ -1,0 +1,253 @@
+"""Export: write into a folder beside, run what was written, compare, and only then move it into place."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from espalier.core.errors import ModelError, UsageError, did_you_mean
+from espalier.core.files import written_to
+from espalier.core.model import evaluating
+from espalier.core.parametrize import plain
+from espalier.core.task import Task, capture_call, to_device
+from espalier.deploy import runtimes
+from espalier.deploy.check import TOLERANCE, Call, Check, batch_of, check, largest
+from espalier.deploy.installed import need
+from espalier.deploy.onnx_writer import OPSET, write_onnx
+from espalier.deploy.openvino_writer import write_openvino
+from espalier.deploy.runtimes import first_line
+from espalier.deploy.safetensors_writer import write_safetensors
+from espalier.deploy.signature import signature_of, tensors_in
+from espalier.graph import Runner, Value
+from espalier.graph.trees import fill
+
+Tell = Callable[[str, int, int], None]
+OTHER_BATCHES = (1, 3)
+"""Besides the example as it is: the usual deployment, and one that no exporter can have baked in."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written and how far it is from the model, measured on the files.
+
+    ``files``: every file with its length in bytes. ``free_batch``: whether other batch sizes than the example's run.
+    ``checks``: one per runtime and batch size.
+    """
+
+    path: Path
+    kind: str
+    files: Mapping[str, int]
+    checks: tuple[Check, ...] = ()
+    tolerance: float = TOLERANCE
+    free_batch: bool = True
+    inputs: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
+    opset: int | None = None
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def bytes(self) -> int:
+        """Length of all files together."""
+        return sum(self.files.values())
+
+    @property
+    def difference(self) -> float:
+        """Largest relative difference of any output from the model, over all checks."""
+        return largest(self.checks)
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data."""
+        return {**asdict(self), "path": str(self.path), "bytes": self.bytes, "difference": self.difference}
+
+
+def to_onnx(
+    model: nn.Module,
+    example: Any,
+    path: str | Path,
+    *,
+    runtime: str | Sequence[str] | None = None,
+    tolerance: float = TOLERANCE,
+    external_data: bool | None = None,
+    progress: Tell | None = None,
+) -> Exported:
+    """Export ``model`` in fp32 to an ONNX file, run that file and compare it; ``model`` is not changed.
+
+    Args:
+        model: any module; training forms are baked into plain weights first.
+        example: a tensor, a tuple of positional or a dict of keyword arguments, or a ``Task`` (its first batch);
+            None for a ``Runner``, which knows its inputs. The first axis is the batch and is left open.
+        path: the ``.onnx`` file; weights above 1.9 GB go into ``path.data``.
+        runtime: where the file is run and compared; by default every installed one.
+        tolerance: largest allowed difference of an output, relative to its largest value.
+        external_data: weights in ``path.data`` in any case, or never.
+        progress: is told ``(what, done, total)``.
+
+    Raises:
+        NeedError: a package of the ``deploy`` extra is missing.
+        ModelError: the model cannot be exported, or the file computes something else. Then nothing is written.
+    """
+    return _export("onnx", model, example, path, runtime, tolerance, external_data, progress)
+
+
+def to_openvino(
+    model: nn.Module,
+    example: Any,
+    path: str | Path,
+    *,
+    tolerance: float = TOLERANCE,
+    progress: Tell | None = None,
+) -> Exported:
+    """Export ``model`` to OpenVINO's ``path`` (``.xml``) and ``.bin`` in fp32; otherwise as :func:`to_onnx`."""
+    return _export("openvino", model, example, path, "openvino", tolerance, None, progress)
+
+
+def to_safetensors(model: nn.Module, path: str | Path) -> Exported:
+    """Write the plain model's state, dense, to a safetensors file and check it bit for bit."""
+    target = _target(path, ".safetensors")
+    with _staged(target) as staged:
+        write_safetensors(plain(model).cpu(), staged)
+        sizes = _lengths(staged.parent)
+    return Exported(target, "safetensors", sizes)
+
+
+KINDS = {"onnx": ".onnx", "openvino": ".xml", "safetensors": ".safetensors"}
+
+
+def _export(
+    kind: str, model: nn.Module, example: Any, path: str | Path, runtime: str | Sequence[str] | None,
+    tolerance: float, external: bool | None, progress: Tell | None,
+) -> Exported:  # fmt: skip
+    target = _target(path, KINDS[kind])
+    chosen = _runtimes(kind, runtime)
+    need(f"the {'ONNX' if kind == 'onnx' else 'OpenVINO'} export", "onnx", "onnxscript", *chosen)
+    tell = progress or (lambda *_: None)
+    total = 2 + len(chosen)
+    tell("export", 0, total)
+    bare = plain(model).cpu().eval()
+    call = example_call(bare, example)
+    _check_floats(bare, call)
+    result = _reference(bare, call)
+    signature = signature_of(bare, *call, result)
+    checks: list[Check] = []
+    with _staged(target) as staged:
+        first = staged if kind == "onnx" else staged.with_suffix(".onnx")
+        free, notes = write_onnx(bare, signature, signature.bind(*call), first, external=external)
+        tell("export", 1, total)
+        if kind == "openvino":
+            write_openvino(first, signature, staged)
+            for leftover in staged.parent.glob(f"{first.name}*"):
+                leftover.unlink()
+        batches = [n for n in OTHER_BATCHES if n != batch_of(call)] if free else []
+        for done, name in enumerate(chosen, 2):
+            tell("export", done, total)
+            session = runtimes.open(staged, name)
+            checks += check(_judge(model, bare), session, call, batches=batches, tolerance=tolerance)
+            del session  # some systems do not move a file that is open
+        sizes = _lengths(staged.parent)
+    tell("export", total, total)
+    return Exported(
+        target, kind, sizes, tuple(checks), tolerance, free, signature.inputs, signature.outputs, OPSET, tuple(notes)
+    )
+
+
+def _judge(model: nn.Module, bare: nn.Module) -> nn.Module:
+    """The model to compare with: the user's own where it is on the CPU, so that its hooks count; else the copy."""
+    tensors = (*model.parameters(), *model.buffers())
+    return model if all(t.device.type == "cpu" for t in tensors) else bare
+
+
+def example_call(model: nn.Module, example: object) -> Call:
+    """``(args, kwargs)`` on the CPU from what a user gives as an example."""
+    if example is None:
+        if not isinstance(model, Runner):
+            raise UsageError("an example input is needed: a tensor, a tuple, a dict of keywords, or a Task.")
+        return _runner_call(model)
+    if isinstance(example, Task):
+        return capture_call(example, model, to_device(example.example(), torch.device("cpu")))
+    moved = to_device(example, torch.device("cpu"))
+    if isinstance(moved, Tensor):
+        return (moved,), {}
+    if isinstance(moved, Mapping):
+        return (), dict(moved)
+    if isinstance(moved, tuple | list):
+        return tuple(moved), {}
+    raise UsageError(
+        f"an example is a tensor, a tuple of arguments, a dict of keywords or a Task; got {type(example).__name__}."
+    )
+
+
+def _runner_call(model: Runner) -> Call:
+    """A call that fits a runner's inputs: normal numbers, zeros for integers."""
+    generator = torch.Generator().manual_seed(0)
+    values = []
+    for item in model.graph.inputs:
+        shape = [2 if size is None else size for size in item.shape]
+        dtype = getattr(torch, item.dtype)
+        drawn = torch.randn(shape, generator=generator)
+        values.append(drawn.to(dtype) if dtype.is_floating_point else torch.zeros(shape, dtype=dtype))
+    args, kwargs = fill(model.graph.call, lambda leaf: values[leaf.index] if isinstance(leaf, Value) else None)
+    return args, kwargs
+
+
+def _check_floats(model: nn.Module, call: Call) -> None:
+    narrow = sorted({str(t.dtype).removeprefix("torch.") for t in (*model.parameters(), *tensors_in(call))
+                     if t.is_floating_point() and t.dtype.itemsize < 4})  # fmt: skip
+    if narrow:
+        raise ModelError(f"the export is fp32; this model or its example is {', '.join(narrow)}. Call model.float().")
+
+
+def _reference(model: nn.Module, call: Call) -> Any:
+    try:
+        with evaluating(model):
+            return model(*call[0], **call[1])
+    except Exception as error:
+        raise ModelError(
+            f"{type(model).__name__} does not run on the example: {type(error).__name__}: {first_line(error)} "
+            "Check the example's shapes and dtypes."
+        ) from error
+
+
+def _runtimes(kind: str, asked: str | Sequence[str] | None) -> list[str]:
+    readers = [name for name, suffixes in runtimes.SUFFIXES.items() if KINDS[kind] in suffixes]
+    if asked is None:
+        found = [name for name in readers if name in runtimes.available()]
+        return found or readers[:1]
+    names = [asked] if isinstance(asked, str) else list(asked)
+    for name in names:
+        if name not in readers:
+            raise UsageError(f"{name!r} does not run {kind} files.{did_you_mean(name, readers)}")
+    if not names:
+        raise UsageError(f"an exported file is always run: name a runtime of {', '.join(readers)}.")
+    return names
+
+
+def _target(path: str | Path, suffix: str) -> Path:
+    target = Path(path)
+    if target.suffix != suffix:
+        raise UsageError(f"the file must end in {suffix}; got {target.name!r}.")
+    return target
+
+
+@contextmanager
+def _staged(target: Path) -> Iterator[Path]:
+    """A path of the same name in a folder beside; all that stands there is moved into place at a good end."""
+    with written_to(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.TemporaryDirectory(dir=target.parent, prefix=".export-")
+    with folder:
+        yield Path(folder.name) / target.name
+        with written_to(target):
+            for file in sorted(Path(folder.name).iterdir(), key=lambda f: f.name == target.name):
+                os.replace(file, target.parent / file.name)  # noqa: PTH105 - the atomic call, by its name
+
+
+def _lengths(folder: Path) -> dict[str, int]:
+    return {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
