@@ -5,9 +5,9 @@ python benchmarks/cifar_channels.py [--quick] [--network resnet20|resnet56] [--s
 Every criterion, random, and torch-pruning. The published network is fine-tuned on the JPEG training images first (they
 cost it about ten points); that is the baseline. Each row prunes it to the same multiply-adds, re-estimates BN,
 fine-tunes for the same epochs, and is judged on val (half of the 10,000 test images); test (the other half) is read
-once, paired with the baseline. ``--quick``: ResNet-20, one seed, 5,000 training images, 3 epochs, 2,500 images each of val and test. torch-pruning rows
-need the environment of zoo_requirements.txt; its channel ratio is bisected to the same multiply-adds and its criterion
-is the best of its own on val. Rows are kept: a second call goes on where the first stopped.
+once, paired with the baseline. ``--quick``: ResNet-20, one seed, 5,000 training images, 3 epochs, 2,500 images each
+of val and test. torch-pruning rows need the environment of zoo_requirements.txt; its channel ratio is bisected to the
+same multiply-adds and its criterion is the best of its own on val. Rows are kept: a second call goes on where the first stopped.
 """
 
 from __future__ import annotations
@@ -88,9 +88,9 @@ def criteria() -> dict[str, Criterion]:
     api.fill_registry()
     found: dict[str, Criterion] = {"magnitude-l2": Magnitude(norm=2)}
     for cls in registry.methods():
-        if cls.verb == "prune" and issubclass(cls, Criterion):
-            if not issubclass(cls, CutCriterion | SolvingCriterion | WatchingCriterion):
-                found[cls.id] = cls()
+        ranks = issubclass(cls, Criterion) and not issubclass(cls, CutCriterion | SolvingCriterion | WatchingCriterion)
+        if cls.verb == "prune" and ranks:
+            found[cls.id] = cls()  # type: ignore[assignment]
     return found
 
 
@@ -161,8 +161,8 @@ def run(setting: Setting, folder: Path, seeds: int, mode: str) -> None:
         base = load_pretrained(BUILD[setting.network](), folder / "cifar10_resnets" / FILES[setting.network])
         base = setting.tune(0.01)(base, Context(task=task, seed=seed)).eval()
         first = {"val": task.measure(base, "val").value, "test": task.measure(base, "test").value}
-        save("cifar_channels", [{"id": "baseline", "row": f"{setting.network}, {mode}, seed {seed}", "setting": vars(setting),
-                                 "seed": seed, "measured": {**first, "macs": count(base)}}])  # fmt: skip
+        row = {"id": "baseline", "row": f"{setting.network}, {mode}, seed {seed}", "setting": vars(setting)}
+        save("cifar_channels", [{**row, "seed": seed, "measured": {**first, "macs": count(base)}}])
         print(f"baseline {first}", flush=True)
         jobs: list[tuple[str, str, str, Any, float]] = []
         for ratio in (2.0, 3.0):
@@ -175,7 +175,7 @@ def run(setting: Setting, folder: Path, seeds: int, mode: str) -> None:
             if (name, label) in there:
                 continue
             started = time.perf_counter()
-            row: dict[str, Any] = {"id": name, "row": label, "tool": tool, "seed": seed, "setting": vars(setting)}
+            row = {"id": name, "row": label, "tool": tool, "seed": seed, "setting": vars(setting)}
             try:
                 if tool == "espalier":
                     smaller = ours(task, base, criterion, scope, ratio, seed)

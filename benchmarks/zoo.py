@@ -31,11 +31,10 @@ for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch
-
-from benchmarks.common import RESULTS, save
-from benchmarks.zoo_parts import models
-from benchmarks.zoo_parts.checks import parameters_of
+import torch  # noqa: E402 - the thread counts above must be set first
+from benchmarks.common import RESULTS, save  # noqa: E402
+from benchmarks.zoo_parts import models  # noqa: E402
+from benchmarks.zoo_parts.checks import parameters_of  # noqa: E402
 
 TOOLS = {"espalier": "espalier_tool", "torch-pruning": "torch_pruning_tool", "trace": "trace_tool"}
 PRUNE_LIMIT, CHECK_LIMIT = 240.0, 420.0
@@ -58,7 +57,7 @@ def measure(pipe: Connection, tool: str, name: str, limit: float) -> None:
     """The work on one model, in its own process: the row so far is sent after every stage."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: PTH123, SIM115 - exporters and pruners print
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - exporters and pruners print
     side = importlib.import_module(f"benchmarks.zoo_parts.{TOOLS[tool]}")
     row: dict[str, Any] = {"ok": {}, "reasons": {}, "differences": {}, "seconds": {}, "megabytes": {}}
     first = ASSERTIONS[tool][0]
@@ -72,7 +71,7 @@ def measure(pipe: Connection, tool: str, name: str, limit: float) -> None:
         try:
             result = side.prune(row, model, x, limit)
             row["ok"][first] = True
-        except Exception as error:  # noqa: BLE001 - recorded
+        except Exception as error:
             row["ok"][first] = False
             row["reasons"][first] = f"{type(error).__name__}: {str(error)[:300]}"
             row["where"] = traceback.format_exc().strip().splitlines()[-3:-1]
@@ -83,7 +82,7 @@ def measure(pipe: Connection, tool: str, name: str, limit: float) -> None:
             started = time.perf_counter()
             side.check(row, model, result, x)
             row["seconds"]["check"] = round(time.perf_counter() - started, 2)
-    except Exception as error:  # noqa: BLE001 - recorded
+    except Exception as error:
         row["reasons"]["harness"] = f"{type(error).__name__}: {str(error)[:300]}"
     pipe.send(("done", row))
 

@@ -1,4 +1,4 @@
-"""What every pruned model must hold, whichever tool pruned it: one function per assertion, each alone in its failure."""
+"""What every pruned model must hold, whichever tool pruned it: one function per assertion."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmarks.zoo_parts.models import relative
 from torch import Tensor, nn
 from torch.utils import _pytree
 from torch.utils.flop_counter import FlopCounterMode
-
-from benchmarks.zoo_parts.models import relative
 
 EXACT, EXPORTED, BUDGET = 1e-4, 1e-3, 0.02
 """Largest relative difference to a masked reference or a loaded file; to ONNX; kept parameters off one half."""
@@ -56,7 +55,7 @@ def attempt(row: Row, name: str, check: Callable[[], bool | None]) -> None:
     """Record under ``ok.NAME`` whether ``check`` holds (None: the tool does not offer it), and why it fails."""
     try:
         row["ok"][name] = check()
-    except Exception as error:  # noqa: BLE001 - a tool may fail in any way; the row says which
+    except Exception as error:
         row["ok"][name] = False
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         row["reasons"][name] = f"{type(error).__name__}: {(lines or [''])[0][:300]}"
@@ -100,7 +99,7 @@ def without_gradient(model: nn.Module, x: Tensor) -> tuple[set[str], float]:
 
 
 def trains(model: nn.Module, x: Tensor, row: Row, idle: set[str]) -> bool:
-    """One step: finite loss, a gradient wherever the original gets one (``idle`` gets none), every such tensor moves."""
+    """One step: finite loss, a gradient wherever the original gets one (``idle`` gets none), and it moves."""
     model = copy.deepcopy(model)
     missing, loss = without_gradient(model, x)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -109,7 +108,7 @@ def trains(model: nn.Module, x: Tensor, row: Row, idle: set[str]) -> bool:
     moving = [name for name, p in after.items() if p.grad is not None and bool(p.grad.any())]
     still = [name for name in moving if torch.equal(before[name], after[name])]
     lost = sorted(missing - idle)
-    if lost or still or not loss == loss:  # noqa: PLR0124 - NaN
+    if lost or still or loss != loss:  # noqa: PLR0124 - NaN
         row["reasons"]["trains"] = f"loss {loss}; no gradient: {lost[:3]}; does not move: {still[:3]}"
         return False
     return abs(loss) < float("inf") and bool(moving)
@@ -134,7 +133,7 @@ def common_checks(row: Row, model: nn.Module, pruned: nn.Module, x: Tensor) -> b
     attempt(row, "same_shapes", lambda: shapes(results[0]) == shapes(expected))
     try:
         row["macs"] = [macs_of(model, x), macs_of(pruned, x)]
-    except Exception as error:  # noqa: BLE001 - the counter is not under test
+    except Exception as error:
         row["reasons"]["macs"] = f"{type(error).__name__}: {str(error)[:200]}"
     return True
 

@@ -7,11 +7,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.zoo_parts.checks import EXACT, Row, attempt, common_checks, late_checks, output_of, within
+from benchmarks.zoo_parts.models import relative
 from torch import Tensor, nn
 
 import espalier as es
-from benchmarks.zoo_parts.checks import EXACT, Row, attempt, common_checks, late_checks, output_of, within
-from benchmarks.zoo_parts.models import relative
 from espalier.core.recipe import FileOptions
 from espalier.core.task import Task
 from espalier.prune.removal import remove_channels
@@ -23,7 +23,7 @@ def prune_to_half(model: nn.Module, x: Tensor) -> Any:
     return remove_channels(model, (x,), sparsity=0.5, measure="parameters")
 
 
-def prune(row: Row, model: nn.Module, x: Tensor, seconds: float) -> Any:
+def prune(row: Row, model: nn.Module, x: Tensor, seconds: float) -> Any:  # noqa: ARG001 - one signature for all tools
     """Prune and say how; an exception is a failure of the row."""
     started = time.perf_counter()
     result = prune_to_half(model, x)

@@ -49,7 +49,6 @@ def import_libraries() -> None:
         _LIBRARY.append(torch.library.Library("torchvision", "DEF"))
         for schema in ("nms(Tensor a, Tensor b, float c) -> Tensor", "qnms(Tensor a, Tensor b, float c) -> Tensor"):
             _LIBRARY[0].define(schema)
-    import timm
     import torchvision  # noqa: F401
 
 

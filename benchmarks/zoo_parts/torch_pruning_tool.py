@@ -20,8 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
 from benchmarks.zoo_parts.checks import (
     BUDGET,
     EXACT,
@@ -34,6 +32,7 @@ from benchmarks.zoo_parts.checks import (
     within,
 )
 from benchmarks.zoo_parts.models import first_tensor, relative
+from torch import Tensor, nn
 
 TRIES, FIRST, CLOSE = 8, 0.3, 0.005
 _CONV = nn.modules.conv._ConvNd
@@ -117,7 +116,7 @@ def prune(row: Row, model: nn.Module, x: Tensor, seconds: float) -> Trial:
             break
         try:
             trial = prune_once(model, x, ratio, leave)
-        except Exception as error:  # noqa: BLE001 - another ratio may work
+        except Exception as error:
             failure = error
             tries.append([round(ratio, 4), f"{type(error).__name__}: {str(error)[:120]}"])
             ratio = {0: 0.5, 1: 0.25}.get(number, 0.0)
@@ -147,7 +146,7 @@ def prune(row: Row, model: nn.Module, x: Tensor, seconds: float) -> Trial:
 def _runs(model: nn.Module, x: Tensor) -> bool:
     try:
         output_of(model, x)
-    except Exception:  # noqa: BLE001 - judged later, with its reason
+    except Exception:
         return False
     return True
 
@@ -186,7 +185,7 @@ def masked_reference(model: nn.Module, trial: Trial) -> nn.Module:
 
 
 def _zeroing(mask: Tensor, axis: int) -> Any:
-    def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         x = args[0]
         view = [1] * x.dim()
         view[axis] = -1

@@ -6,14 +6,14 @@ import time
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
 from benchmarks.zoo_parts.checks import Row, attempt, output_of, within
 from benchmarks.zoo_parts.models import relative
+from torch import Tensor, nn
+
 from espalier.graph import Runner, trace
 
 
-def prune(row: Row, model: nn.Module, x: Tensor, seconds: float) -> Any:
+def prune(row: Row, model: nn.Module, x: Tensor, seconds: float) -> Any:  # noqa: ARG001 - one signature for all tools
     """Nothing is pruned: the graph."""
     started = time.perf_counter()
     graph = trace(model, (x,))

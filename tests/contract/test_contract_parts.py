@@ -15,10 +15,11 @@ import espalier
 from espalier.api import fill_registry
 from espalier.core import registry
 from espalier.core.context import Context
-from espalier.core.errors import EspalierWarning, UnknownNameError
+from espalier.core.errors import EspalierWarning, UnknownNameError, UsageError
 from espalier.core.fields import Range
 from espalier.core.method import Method, Technique, fields_of, parse_card
 from espalier.core.recipe import FileOptions, Recipe
+from espalier.prune import Global, Linear, Units
 from espalier.testing import EXAMPLES, bits, frozen_copy, outputs, shortened
 
 fill_registry()
@@ -27,6 +28,10 @@ PARTS = [cls for cls in METHODS if not issubclass(cls, Technique)]
 CODERS = [cls for cls in PARTS if cls.kind == "coder"]
 """Parts of a file, named in a recipe's ``file`` options; all others are parts of techniques."""
 SOURCE = Path(espalier.__file__).parent
+
+
+FOR = {"prune.heads": "attention", "prune.layers": "twice", "prune.activations": "mlp"}
+"""Parts that find nothing to do in most networks, and the example they find something in."""
 
 
 def named(cls: type[Method]) -> str:
@@ -41,7 +46,21 @@ def carriers(part: type[Method]) -> Iterator[Technique]:
             if base is not None and issubclass(part, base):
                 value: Any = (part(),) if typing.get_origin(field.annotation) is tuple else part()
                 training = {"epochs": 1} if "epochs" in {f.name for f in fields_of(cls)} else {}
-                yield typing.cast(Technique, shortened(cls(**{field.name: value}, **training)))
+                yield shortened(fitting(cls, {field.name: value, **training}))
+
+
+COMPANIONS: tuple[dict[str, Method], ...] = ({}, {"pattern": Units()}, {"scope": Global()}, {"schedule": Linear()})
+"""What a part may need beside it where it does not go with a technique's defaults; they say so themselves."""
+
+
+def fitting(cls: type[Technique], fields: dict[str, Any]) -> Technique:
+    """``cls`` with ``fields`` and the first companions they go with."""
+    for companions in COMPANIONS:
+        try:
+            return cls(**{**companions, **fields})
+        except UsageError as error:
+            refusal = error
+    raise refusal
 
 
 def bare_numbers(annotation: Any) -> Iterator[Any]:
@@ -103,7 +122,7 @@ def test_part_works_inside_a_technique(cls: type[Method]) -> None:
     assert found, f"no technique takes {named(cls)}"
     for technique in found:
         assert Recipe.from_yaml(Recipe(steps=(technique,)).to_yaml()).steps == (technique,)
-    example = EXAMPLES[1]
+    example = next((e for e in EXAMPLES if e.name == FOR.get(named(cls))), EXAMPLES[1])
     task, model = example.task(), example.build()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", EspalierWarning)

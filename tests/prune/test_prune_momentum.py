@@ -42,7 +42,7 @@ def by_hand(
     return {"size": size / steps, "toward-zero": 1 - z / steps, "turns": 1 - d / (steps - 1)}
 
 
-@pytest.mark.parametrize("level, at", [("weights", "output"), ("units", "output"), ("units", "gate")])
+@pytest.mark.parametrize(("level", "at"), [("weights", "output"), ("units", "output"), ("units", "gate")])
 @pytest.mark.parametrize("signal", ["size", "toward-zero", "turns", "combined"])
 def test_by_hand_on_two_layers(level: str, at: str, signal: str) -> None:
     model, context, data = problem()

@@ -195,7 +195,7 @@ def test_outputs_first_and_back() -> None:
     module = nn.ConvTranspose2d(6, 4, 3, groups=2, bias=False)
     slot = next(iter(slots(module).values()))
     first = outputs_first(slot, slot.value())
-    assert first.shape == (8 // 2 * 2 // 2 * 2, 3, 3, 3)[:0] + (8, 3, 3, 3)
+    assert first.shape == (*(8 // 2 * 2 // 2 * 2, 3, 3, 3)[:0], 8, 3, 3, 3)
     assert torch.equal(as_stored(slot, first), slot.value())
     with torch.no_grad():  # silence one output through its row: its channel of the output must be zero
         keep = torch.ones(8, 1, 1, 1)

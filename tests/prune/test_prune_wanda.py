@@ -34,7 +34,7 @@ def test_linear_by_numpy_over_batches_and_positions() -> None:
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("mode", ["zeros", "circular"])
-@pytest.mark.parametrize("stride, padding, dilation", [(1, "same", 1), (2, 1, 1), (1, 2, 2), (3, 0, 1)])
+@pytest.mark.parametrize(("stride", "padding", "dilation"), [(1, "same", 1), (2, 1, 1), (1, 2, 2), (3, 0, 1)])
 def test_convolution_by_unfolding(groups: int, mode: str, stride: int, padding: int | str, dilation: int) -> None:
     torch.manual_seed(0)
     model = nn.Conv2d(

@@ -22,7 +22,7 @@ from espalier.testing import effective
 # --- magnitude ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("norm, gone", [(1, 1), (2, 0)])
+@pytest.mark.parametrize(("norm", "gone"), [(1, 1), (2, 0)])
 def test_norm_of_a_group(norm: int, gone: int) -> None:
     """Rows (2, 2) and (3, 0): the second is smaller by l1, the first by l2."""
     model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 1))
@@ -76,9 +76,9 @@ def test_lamp_never_empties_a_layer_where_magnitude_does() -> None:
     with torch.no_grad():
         model[2].weight *= 1e-3
     left = {
-        criterion.id: float(effective(Prune(criterion=criterion, scope=Global(), sparsity=0.8)(model))["2.weight"].ne(0).sum())
-        for criterion in (Lamp(), Magnitude())
-    }  # fmt: skip
+        c.id: float(effective(Prune(criterion=c, scope=Global(), sparsity=0.8)(model))["2.weight"].ne(0).sum())
+        for c in (Lamp(), Magnitude())
+    }
     assert left["magnitude"] <= 1
     assert left["lamp"] > 10
 

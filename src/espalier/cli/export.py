@@ -82,10 +82,10 @@ def _latency(model: nn.Module, example: Any, done: Exported, threads: int) -> di
 def lines(found: dict[str, Any]) -> list[str]:
     """What a person reads."""
     said = [f"{name}: {size:,} bytes" for name, size in found["files"].items()]
-    for check in found.get("checks", ()):
-        said.append(
-            f"{check['runtime']}, batch {check['batch']}: outputs within {check['difference']:.1e} of the model's"
-        )
+    said += [
+        f"{check['runtime']}, batch {check['batch']}: outputs within {check['difference']:.1e} of the model's"
+        for check in found.get("checks", ())
+    ]
     if "metric" in found:
         metric = dict(found["metric"])
         name, error = metric.pop("name"), metric.pop("stderr")

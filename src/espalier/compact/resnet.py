@@ -53,6 +53,12 @@ class Block(nn.Module):
         return F.relu(y + self.shortcut(x))
 
 
+def stage(channels: int, width: int, count: int, *, stride: int) -> nn.Sequential:
+    """``count`` blocks of ``width`` channels; the first one takes the stride."""
+    first = Block(channels, width, stride)
+    return nn.Sequential(first, *(Block(width, width, 1) for _ in range(count - 1)))
+
+
 class CifarResNet(nn.Module):
     """``depth`` = 6 n + 2 layers; input (batch, 3, height, width), output (batch, ``classes``).
 
@@ -65,14 +71,11 @@ class CifarResNet(nn.Module):
             raise UsageError(f"depth={depth}: a CIFAR ResNet has 6 n + 2 layers: 8, 14, 20, 32, 44, 56, 110 ...")
         self.conv1 = nn.Conv2d(3, widths[0], 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(widths[0])
-        channels = widths[0]
-        for stage, width in enumerate(widths, 1):
-            blocks = []
-            for number in range((depth - 2) // 6):
-                blocks.append(Block(channels, width, 2 if stage > 1 and number == 0 else 1))
-                channels = width
-            setattr(self, f"layer{stage}", nn.Sequential(*blocks))
-        self.linear = nn.Linear(channels, classes)
+        count = (depth - 2) // 6
+        self.layer1 = stage(widths[0], widths[0], count, stride=1)
+        self.layer2 = stage(widths[0], widths[1], count, stride=2)
+        self.layer3 = stage(widths[1], widths[2], count, stride=2)
+        self.linear = nn.Linear(widths[2], classes)
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight)
@@ -81,7 +84,8 @@ class CifarResNet(nn.Module):
         """Class scores."""
         x = F.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
-        return self.linear(x.mean((2, 3)))  # type: ignore[no-any-return]
+        scores: Tensor = self.linear(x.mean((2, 3)))
+        return scores
 
 
 def resnet20(classes: int = 10) -> CifarResNet:

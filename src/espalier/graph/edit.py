@@ -88,13 +88,13 @@ class AsGraph(Edit):
         frozen = {name for name, slot in found.items() if not slot.latent.requires_grad}
         runner = Runner(graph, tensors, frozen=frozen).train(model.training)
         for name, form in forms.items():
-            attach(slots(runner)[name], form)  # type: ignore[arg-type]
+            attach(slots(runner)[name], form)
         return runner
 
 
 def state_of(model: nn.Module) -> Mapping[str, Any]:
     """Every parameter's effective value and every buffer of a model, by its plain name."""
-    values: dict[str, Any] = {name: tensor for name, tensor in model.named_buffers(remove_duplicate=False)}
+    values: dict[str, Any] = dict(model.named_buffers(remove_duplicate=False))
     for slot in slots(model).values():
         value = slot.value()
         values |= dict.fromkeys(slot.names, value)

@@ -18,7 +18,7 @@ from espalier.prune.structure import Structural
 
 
 def default_groups(found: ChannelGroups) -> tuple[Group, ...]:
-    """Channels and heads; width of heads, and whole convolution groups, only where there is nothing finer or coarser."""
+    """Channels and heads; the width of heads, and whole convolution groups, only where these offer nothing."""
     heads = [group for group in found.groups if group.kind == "heads"]
     channels = [group for group in found.groups if group.kind == "channels"]
     width = [g for g in found.groups if g.kind == "width" and not any(_overlap(g, other) for other in heads)]

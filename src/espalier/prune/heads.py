@@ -1,10 +1,10 @@
 r"""Attention heads, and the other dimensions of a transformer, removed for real.
 
 Paper    Michel, Levy, Neubig. Are Sixteen Heads Really Better than One? NeurIPS 2019. arXiv:1905.10650
-Formula  heads: all weights of a head in the query, key, value and output projections;   width: the same place of every
-         head;   feed-forward: a hidden neuron of an MLP;   hidden: a channel of the residual stream
-Departs  Ranked by any criterion; the paper's gate gradient is criterion sensitivity with form taylor. Heads are found in
-         the graph, also in fused projections, and grouped queries go with their key.
+Formula  heads: all weights of a head in the query, key, value and output projections;   width: the same place of
+         every head;   feed-forward: a hidden neuron of an MLP;   hidden: a channel of the residual stream
+Departs  Ranked by any criterion; the paper's gate gradient is criterion sensitivity with form taylor. Heads are
+         found in the graph, also in fused projections, and grouped queries go with their key.
 """
 
 from __future__ import annotations

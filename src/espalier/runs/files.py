@@ -98,7 +98,8 @@ def load(path: str | Path, into: nn.Module | None = None, **limits: int) -> nn.M
 
     Without ``into`` the architecture comes from the file (``model.espalier``). With ``into`` the receiver's
     structure is used: plans are replayed on it, its state is filled, and it is returned (or the graph that a plan puts
-    in its place); nothing of it changes when the file does not fit. ``limits``: ``max_elements``, ``max_bytes`` of what may be decoded.
+    in its place); nothing of it changes when the file does not fit. ``limits``: ``max_elements``, ``max_bytes`` of
+    what may be decoded.
 
     Raises a ``FileError`` for a damaged or forged file, ``UsageError`` for a file without a graph and no ``into``.
     """

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from tests.graph.channels.toys import TOYS, Toy
 from torch import Tensor, nn
 from torch.utils import _pytree
 
 from espalier.core.plan import Plan, applied
 from espalier.graph.channels import ChannelGroups
 from espalier.graph.channels.surgery import groups_of, remove
-from tests.graph.channels.toys import TOYS, Toy
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections")
 WIDE = [toy for toy in TOYS if toy.expected]

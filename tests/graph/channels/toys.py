@@ -424,7 +424,8 @@ def bare_parameters() -> nn.Module:
         y = torch.cat([s.token.expand(x.shape[0], -1, -1), s.e(x)], 1) + s.position
         return s.o((y + s.scale * s.b(s.a(y).relu()))[:, 0])
 
-    return Net(run, e=nn.Linear(8, 12), token=torch.randn(1, 1, 12), position=torch.randn(1, 6, 12), scale=torch.randn(12),
+    token, position, scale = torch.randn(1, 1, 12), torch.randn(1, 6, 12), torch.randn(12)
+    return Net(run, e=nn.Linear(8, 12), token=token, position=position, scale=scale,
                a=nn.Linear(12, 6), b=nn.Linear(6, 12), o=nn.Linear(12, 3))  # fmt: skip
 
 

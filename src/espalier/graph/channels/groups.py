@@ -252,7 +252,7 @@ def _groups(
         groups.append(
             Group(
                 name="", kind=_kind(family, first, number), size=len(members), places=tuple(found),
-                signature=_signature(graph, found, len(members)), family=number, units=first,
+                signature=_signature(found, len(members)), family=number, units=first,
             )
         )  # fmt: skip
     groups.sort(key=lambda group: min(_order(places, place) for place in group.places))
@@ -265,7 +265,7 @@ def _order(places: list[tuple[str, int, Ids]], place: Place) -> int:
 
 def _mixed(a: NDArray[np.uint64], b: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """A hash of pairs (splitmix64)."""
-    z = a + (b + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    z: NDArray[np.uint64] = a + (b + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))
@@ -279,7 +279,7 @@ def _kind(family: _Family, members: Ids, number: int) -> Kind:
     return "channels"
 
 
-def _signature(graph: Graph, places: list[Place], size: int) -> tuple[tuple[str, int, int], ...]:
+def _signature(places: list[Place], size: int) -> tuple[tuple[str, int, int], ...]:
     """What makes two groups isomorphic: the layers they reach by last name and dimension, and how often per unit."""
     return tuple(sorted((p.tensor.rpartition(".")[2], p.dim, len(p.index) // size) for p in places))
 

@@ -1,3 +1,4 @@
+# ruff: noqa: ARG001 - every rule has one signature
 """Operators that multiply and accumulate: what is summed over meets, what is left over is new."""
 
 from __future__ import annotations
@@ -8,7 +9,6 @@ from typing import Any
 from espalier.graph.channels.atoms import Ids, Labels
 from espalier.graph.channels.flow import Flow
 from espalier.graph.channels.rules.rule import Rule
-
 
 KERNEL = "it is a place of the kernel"
 """Why the last dimensions of a convolution's weight stay: too plain to be listed."""
@@ -77,7 +77,7 @@ def transposed(rank: int) -> Rule:
 def _groups(
     flow: Flow, inputs: Ids | None, inner: Ids | None, outputs: Ids | None, outer: Ids | None, groups: int
 ) -> None:
-    """Channels of both sides are (groups, own channels); the groups are the same, a group's own axes may be weights'."""
+    """Both sides are (groups, own channels); the groups are the same, a group's own axes may be a weight's."""
     if inputs is None or outputs is None:
         for ids in (inputs, inner, outputs, outer):
             flow.pin(ids)

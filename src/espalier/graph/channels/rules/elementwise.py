@@ -1,3 +1,4 @@
+# ruff: noqa: ARG001 - every rule has one signature
 """Operators that work element by element: dimensions of the same extent are the same channels."""
 
 from __future__ import annotations

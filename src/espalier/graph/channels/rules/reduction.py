@@ -1,3 +1,4 @@
+# ruff: noqa: ARG001 - every rule has one signature
 """Operators over neighbourhoods and whole dimensions."""
 
 from __future__ import annotations
@@ -140,7 +141,8 @@ RULES: dict[str, Rule] = {
     "layer_norm": layer_norm,
     "rms_norm": layer_norm,
     "group_norm": group_norm,
-    **dict.fromkeys(("mean", "sum", "prod", "amax", "amin", "var", "std", "any", "all", "logsumexp", "vector_norm"), reduce),
+    **dict.fromkeys(("mean", "sum", "prod", "amax", "amin", "var", "std"), reduce),
+    **dict.fromkeys(("any", "all", "logsumexp", "vector_norm"), reduce),
     **dict.fromkeys(("max_dim", "min_dim", "argmax", "argmin"), by_position),
     **dict.fromkeys(("topk", "sort", "argsort"), sorted_by_value),
     **dict.fromkeys(("softmax", "log_softmax"), same),

@@ -1,3 +1,4 @@
+# ruff: noqa: ARG001 - every rule has one signature
 """Operators that move, pick, join or make elements."""
 
 from __future__ import annotations
@@ -360,15 +361,13 @@ def gather(flow: Flow, a: Mapping[str, Any], out: Any) -> Labels:
 
 def slice_scatter(flow: Flow, a: Mapping[str, Any], out: Any) -> Labels:
     """A run of positions is overwritten by another tensor's."""
-    x, source = a["self"], a["src"]
+    x: Labels = a["self"]
+    source: Labels = a["src"]
     dim = a["dim"] % len(x.shape)
     for n, (mine, theirs) in enumerate(zip(x.ids, source.ids, strict=True)):
         if n != dim:
             flow.tie(mine, theirs)
-        elif a["step"] != 1:
-            flow.pin(mine)
-            flow.pin(theirs)
-        elif mine is None or theirs is None:
+        elif a["step"] != 1 or mine is None or theirs is None:
             flow.pin(mine)
             flow.pin(theirs)
         else:
@@ -378,7 +377,8 @@ def slice_scatter(flow: Flow, a: Mapping[str, Any], out: Any) -> Labels:
 
 def select_scatter(flow: Flow, a: Mapping[str, Any], out: Any) -> Labels:
     """One position of ``dim`` is overwritten: that dimension may not shrink."""
-    x, source = a["self"], a["src"]
+    x: Labels = a["self"]
+    source: Labels = a["src"]
     dim = a["dim"] % len(x.shape)
     flow.pin(x.ids[dim])
     for mine, theirs in zip((*x.ids[:dim], *x.ids[dim + 1 :]), source.ids, strict=True):
