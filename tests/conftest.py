@@ -8,7 +8,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-THREADS = os.environ.setdefault("OMP_NUM_THREADS", "2")
+THREADS = os.environ.setdefault("OMP_NUM_THREADS", "1")
 BESIDE = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 if "ESPALIER_DATA" not in os.environ and BESIDE.is_dir():

@@ -17,11 +17,12 @@ from torch import nn
 from espalier.api import fill_registry
 from espalier.core import registry
 from espalier.core.context import Context
-from espalier.core.errors import EspalierWarning, PhaseError, UsageError
+from espalier.core.errors import EspalierWarning, ModelError, PhaseError, UsageError
 from espalier.core.method import Method, Technique, fields_of
 from espalier.core.parametrize import slots
 from espalier.core.recipe import Recipe
 from espalier.prune import Prune
+from espalier.prune.structure import Removing
 from espalier.share import KMeans
 from espalier.testing import EXAMPLES, bits, effective, fingerprint, frozen_copy, outputs, shortened
 from espalier.train import Finetune
@@ -73,6 +74,9 @@ def test_random_recipes(recipe: Recipe, name: str) -> None:
             except PhaseError:
                 assert shares_then_changes(recipe)
                 found.append(None)
+            except ModelError:  # nothing of that structure in this model
+                assert any(isinstance(step, Prune) and isinstance(step.pattern, Removing) for step in flat(recipe))
+                found.append(None)
             assert fingerprint(model) == before
     one, two = found
     assert (one is None) == (two is None)
@@ -92,10 +96,8 @@ def flat(technique: Technique) -> typing.Iterator[Technique]:
 
 
 def shares_then_changes(recipe: Recipe) -> bool:
-    """Whether a step that fixes codes stands before one that sets masks or codes."""
-    kinds = [step.name for step in flat(recipe)]
-    fixing = {"share.kmeans", "recipes.deep-compression"}
-    return any(a in fixing and b in {*fixing, "prune.prune"} for i, a in enumerate(kinds) for b in kinds[i + 1 :])
+    """Whether two steps that fix, or change, masks and codes follow each other: the second may be refused."""
+    return sum(not isinstance(step, Finetune) for step in flat(recipe)) > 1
 
 
 @dataclass

@@ -37,7 +37,7 @@ class Toy(Method):
     bits: Bits | dict[str, Bits] | None = None
     mode: Literal["a", "b"] = "a"
     flag: bool = False
-    pair: tuple[Sparsity, Sparsity] = (0.0, 1.0)
+    pair: tuple[Sparsity, Sparsity] = (0.0, 0.9)
     names: tuple[str, ...] = ()
     inner: Inner | None = None
     inners: tuple[Inner, ...] = ()
@@ -51,7 +51,7 @@ def test_all_bad_arguments_are_reported_at_once() -> None:
         Toy(sparsity=1.5, lr=0, mode="c", flag=1, pair=(0.0, 2.0))
     text = str(caught.value)
     for part in (
-        "toy.toy: sparsity=1.5 is out of range (allowed: 0 to 1 fraction)",
+        "toy.toy: sparsity=1.5 is out of range (allowed: 0 to below 1 fraction)",
         "lr=0 is out of range (allowed: above 0 per step)",
         "mode='c' is not of type 'a' | 'b'",
         "flag=1 is not of type bool",
@@ -128,7 +128,7 @@ def test_fields_of_tells_type_range_and_default() -> None:
         count: Count = 3
 
     found = {entry.name: entry for entry in fields_of(Toy)}
-    assert found["sparsity"].range == Range(0, 1, "fraction", "fraction of the weights removed")
+    assert found["sparsity"].range == Range(0, 1, "fraction", "fraction of the weights removed", below=True)
     assert found["sparsity"].annotation is float
     assert found["bits"].range is None
     assert found["bits"].type_name == "int | dict[str, int] | None"

@@ -84,7 +84,7 @@ def test_drift_and_turns_of_known_gradients() -> None:
     assert track.score("size").tolist() == [1, 1, 1, 0]
     combined = track.score("combined")
     assert combined.argsort().tolist() == [0, 3, 2, 1]
-    assert combined.tolist() == pytest.approx([0, 0, 0.5, 1], abs=1e-5)
+    assert combined.tolist() == pytest.approx([0, 1, 0.5, 0], abs=1e-5)
 
 
 def test_ties_go_by_turns() -> None:

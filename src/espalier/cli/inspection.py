@@ -178,6 +178,8 @@ def describe_method(cls: type[Method]) -> dict[str, Any]:
                 {
                     "low": field.range.low,
                     "high": _finite(field.range.high),
+                    "above": field.range.above,
+                    "below": field.range.below,
                     "unit": field.range.unit,
                     "about": field.range.about,
                 }

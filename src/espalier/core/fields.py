@@ -11,26 +11,29 @@ from typing import Annotated
 
 @dataclass(frozen=True)
 class Range:
-    """Allowed values ``low <= x <= high`` (``above``: strictly more than ``low``), with unit and meaning."""
+    """Allowed values ``low <= x <= high``, with unit and meaning. ``above``, ``below``: strictly, on that side."""
 
     low: float
     high: float
     unit: str
     about: str
     above: bool = False
+    below: bool = False
 
     def allows(self, value: float) -> bool:
         """Whether ``value`` (a number) lies in the range; NaN never does."""
-        return (self.low < value if self.above else self.low <= value) and value <= self.high
+        return (self.low < value if self.above else self.low <= value) and (
+            value < self.high if self.below else value <= self.high
+        )
 
     def __str__(self) -> str:
-        high = "" if self.high == float("inf") else f" to {self.high:g}"
+        high = "" if self.high == float("inf") else f" to {'below ' if self.below else ''}{self.high:g}"
         return f"{'above ' if self.above else ''}{self.low:g}{high}" + ("" if high or self.above else " or more")
 
 
 INF = float("inf")
 
-Sparsity = Annotated[float, Range(0, 1, "fraction", "fraction of the weights removed")]
+Sparsity = Annotated[float, Range(0, 1, "fraction", "fraction of the weights removed", below=True)]
 Bits = Annotated[int, Range(1, 16, "bits", "bits per weight")]
 Epochs = Annotated[int, Range(0, 100_000, "epochs", "passes over the training data")]
 Steps = Annotated[int, Range(1, INF, "steps", "optimizer steps")]

@@ -97,11 +97,29 @@ def structural_copy(model: nn.Module) -> nn.Module:
             "buffers and keep open files, locks and graph results out of it."
         ) from error
     for module in twin.modules():
-        for name in _HOOKS:
-            hooks = getattr(module, name)
-            for key in [k for k, hook in hooks.items() if not type(hook).__module__.startswith("torch.nn.utils")]:
+        for hooks in _hooks(module):
+            for key in [key for key, hook in hooks.items() if _of_the_user(hook)]:
                 del hooks[key]
     return twin
+
+
+def user_hooks(model: nn.Module) -> list[str]:
+    """Names of the modules that carry hooks of the user's, which no graph holds."""
+    return [
+        name or type(model).__name__
+        for name, module in model.named_modules()
+        if any(_of_the_user(hook) for hooks in _hooks(module) for hook in hooks.values())
+    ]
+
+
+def _hooks(module: nn.Module) -> list[dict[int, Any]]:
+    return [getattr(module, name) for name in _HOOKS]
+
+
+def _of_the_user(hook: Any) -> bool:
+    """Not one by which torch, or a form of ours, computes a weight."""
+    home = getattr(hook, "__module__", None) or type(hook).__module__
+    return not home.startswith(("torch.nn.utils", "espalier."))
 
 
 _NOT_TRACEABLE = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError, NotImplementedError)

@@ -7,6 +7,7 @@ Departs  What is gone stays gone, so masks nest, except with ``regrow`` and for 
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -135,17 +136,24 @@ class Prune(Training):
 
 
 def _with_vectors(model: nn.Module, layers: tuple[str, ...], who: str) -> Selection | None:
-    """The parameters that ``layers`` name, vectors included; None where it names none by itself."""
+    """What ``layers`` chooses where a pattern names vectors by their own name (``conv1.bias``, ``*.bias``); else None."""
     everything = [slot for slot in slots(model).values() if slot.latent.is_floating_point()]
+    exact = [pattern for pattern in layers if not pattern.startswith(("#", "type:")) and not pattern.endswith("*")]
     named = {
         slot.name for slot in everything if slot.latent.ndim < 2
-        for pattern in layers if not pattern.startswith(("#", "*")) and matches(pattern, slot, -1)
+        for pattern in exact if any(fnmatch.fnmatchcase(name, pattern) for name in slot.names)
     }  # fmt: skip
     if not named:
         return None
-    others = [pattern for pattern in layers if not named & {pattern}]
+    others = [pattern for pattern in layers if pattern not in exact or not _only_vectors(everything, pattern)]
     found = set(select(model, tuple(others), who=who).names) if others else set[str]()
     return Selection(tuple(slot for slot in everything if slot.name in named | found))
+
+
+def _only_vectors(everything: list[Slot], pattern: str) -> bool:
+    return not any(slot.latent.ndim >= 2 and matches(pattern, slot, -1) for slot in everything) and any(
+        matches(pattern, slot, -1) for slot in everything
+    )
 
 
 def _amounts(method: Prune) -> list[str]:

@@ -278,4 +278,5 @@ def _outside(limit: Range) -> list[float]:
     """Numbers beyond both ends."""
     below = limit.low if limit.above else limit.low - 1
     whole = int(below) if below == int(below) else below
-    return [whole, *([] if math.isinf(limit.high) else [int(limit.high) + 1])]
+    above = limit.high if limit.below else limit.high + 1
+    return [whole, *([] if math.isinf(limit.high) else [int(above)])]

@@ -6,6 +6,7 @@ cannot follow (head counts written into it, chunks of unequal size), the rewritt
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from espalier.core.errors import ModelError
+from espalier.core.errors import EspalierWarning, ModelError
 from espalier.core.model import evaluating
 from espalier.core.parametrize import plain, slots
 from espalier.core.plan import Edit, Keep, Plan, applied
@@ -26,7 +27,7 @@ from espalier.graph.channels.rewrite import Gone, indices, without
 from espalier.graph.edit import AsGraph, state_of
 from espalier.graph.graph import CONSTANT_PREFIX, Graph, Input, Value
 from espalier.graph.runner import Runner, inputs_of
-from espalier.graph.trace import trace
+from espalier.graph.trace import structural_copy, trace, user_hooks
 from espalier.graph.trees import fill
 
 TOLERANCE = 1e-4
@@ -111,6 +112,13 @@ def remove(
             reason = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
         if reason:
             kind, plan = "graph", Plan((*cuts, AsGraph.of(graph)))
+            if hooked := user_hooks(model):
+                warnings.warn(
+                    f"the result is a graph module; the hooks on {', '.join(hooked[:5])} stay behind, register them "
+                    "again on its modules.",
+                    EspalierWarning,
+                    stacklevel=2,
+                )
             model = Plan((AsGraph.of(graph),)).apply(model, optimizer)
             model.__dict__["_espalier_plan"] = history + plan
             difference = _difference(model, args, keywords, expected)
@@ -123,6 +131,8 @@ def remove(
 
 
 def _difference(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], expected: Any) -> float:
+    if user_hooks(model):  # of which the reference knows nothing
+        model = structural_copy(model)
     with evaluating(model):
         found = model(*args, **kwargs)
     pairs = list(zip(_tensors(found), _tensors(expected), strict=True))
