@@ -1,13 +1,14 @@
 """Channels removed from a pretrained CIFAR ResNet at 2x and 3x fewer multiply-adds.
 
-python benchmarks/cifar_channels.py [--quick] [--network resnet20|resnet56] [--seeds 3] [--data-dir DIR]
+python benchmarks/cifar_channels.py [--quick] [--network resnet20|resnet56] [--seeds 3] [--only TOOL:NAME ...]
 
 Every criterion, random, and torch-pruning. The published network is fine-tuned on the JPEG training images first (they
 cost it about ten points); that is the baseline. Each row prunes it to the same multiply-adds, re-estimates BN,
 fine-tunes for the same epochs, and is judged on val (half of the 10,000 test images); test (the other half) is read
 once, paired with the baseline. ``--quick``: ResNet-20, one seed, 5,000 training images, 3 epochs, 2,500 images each
 of val and test. torch-pruning rows need the environment of zoo_requirements.txt; its channel ratio is bisected to the
-same multiply-adds and its criterion is the best of its own on val. Rows are kept: a second call goes on where the first stopped.
+same multiply-adds and its criterion and scope are the best of its own on val. Rows are kept: a second call goes on where
+the first stopped. ``--only`` repeats the finalists with more seeds.
 """
 
 from __future__ import annotations
@@ -118,7 +119,7 @@ def ours(task: es.Task, base: nn.Module, criterion: Criterion, scope: str, ratio
     return step(base, Context(task=task, seed=seed))
 
 
-def theirs(task: es.Task, base: nn.Module, criterion: str, ratio: float, seed: int) -> nn.Module:
+def theirs(task: es.Task, base: nn.Module, criterion: str, scope: str, ratio: float, seed: int) -> nn.Module:
     """torch-pruning's, its channel ratio bisected to the multiply-adds."""
     import torch_pruning as tp
 
@@ -135,7 +136,8 @@ def theirs(task: es.Task, base: nn.Module, criterion: str, ratio: float, seed: i
             "random": tp.importance.RandomImportance,
         }[criterion]()  # fmt: skip
         pruner = tp.pruner.BasePruner(model, example, importance=importance, pruning_ratio=middle,
-                                      ignored_layers=[model.linear], global_pruning=False)  # fmt: skip
+                                      ignored_layers=[model.linear], global_pruning=scope != "layer",
+                                      isomorphic=scope == "isomorphic", max_pruning_ratio=0.9)  # fmt: skip
         if criterion == "taylor":
             for images, labels in list(task.train)[:8]:
                 nn.functional.cross_entropy(model(images), labels).backward()
@@ -151,7 +153,7 @@ def theirs(task: es.Task, base: nn.Module, criterion: str, ratio: float, seed: i
     return best[1]
 
 
-def run(setting: Setting, folder: Path, seeds: int, mode: str) -> None:
+def run(setting: Setting, folder: Path, seeds: int, mode: str, only: tuple[str, ...]) -> None:
     """All rows that are not there yet."""
     path = RESULTS / "cifar_channels.json"
     there = {(row["id"], row.get("row")) for row in (json.loads(path.read_text()) if path.exists() else ())}
@@ -170,6 +172,10 @@ def run(setting: Setting, folder: Path, seeds: int, mode: str) -> None:
             jobs += [("espalier", "magnitude-l2", scope, Magnitude(norm=2), ratio) for scope in ("layer", "global")]
             if importlib.util.find_spec("torch_pruning"):
                 jobs += [("torch-pruning", name, "layer", name, ratio) for name in PEERS]
+                jobs += [
+                    ("torch-pruning", "magnitude", scope, "magnitude", ratio) for scope in ("isomorphic", "global")
+                ]
+        jobs = [job for job in jobs if not only or f"{job[0]}:{job[1]}" in only]
         for tool, name, scope, criterion, ratio in jobs:
             label = f"{setting.network}, {ratio:g}x, {scope}, {tool}, {mode}, seed {seed}"
             if (name, label) in there:
@@ -180,7 +186,7 @@ def run(setting: Setting, folder: Path, seeds: int, mode: str) -> None:
                 if tool == "espalier":
                     smaller = ours(task, base, criterion, scope, ratio, seed)
                 else:
-                    smaller = theirs(task, base, name, ratio, seed)
+                    smaller = theirs(task, base, name, scope, ratio, seed)
                 row["measured"] = measured(setting, task, base, smaller, seed, started)
                 print(label, name, {k: v for k, v in row["measured"].items() if k != "paired_test"}, flush=True)
             except Exception as error:  # a tool's failure is a row
@@ -195,6 +201,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--network", choices=sorted(FILES), default=None)
     parser.add_argument("--seeds", type=int, default=None)
+    parser.add_argument("--only", nargs="*", default=(), help="finalists, such as espalier:obd torch-pruning:magnitude")
     parser.add_argument("--data-dir", type=Path, default=None)
     given = parser.parse_args()
     folder = given.data_dir or Path(
@@ -207,10 +214,17 @@ def main() -> None:
             folder,
             given.seeds or 1,
             "quick",
+            tuple(given.only),
         )
         return
     for network in [given.network] if given.network else sorted(FILES):
-        run(Setting(network=network, images=50_000, judged=5_000, epochs=20), folder, given.seeds or 3, "full")
+        run(
+            Setting(network=network, images=50_000, judged=5_000, epochs=20),
+            folder,
+            given.seeds or 3,
+            "full",
+            tuple(given.only),
+        )
 
 
 if __name__ == "__main__":

@@ -7,13 +7,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.zoo_parts.checks import EXACT, Row, attempt, common_checks, late_checks, output_of, within
+from benchmarks.zoo_parts.checks import EXACT, EXPORTED, Row, attempt, common_checks, late_checks, output_of, within
 from benchmarks.zoo_parts.models import relative
 from torch import Tensor, nn
 
 import espalier as es
 from espalier.core.recipe import FileOptions
 from espalier.core.task import Task
+from espalier.deploy import to_onnx
 from espalier.prune.removal import remove_channels
 from espalier.runs.files import freeze_model, write_self_contained
 
@@ -41,7 +42,15 @@ def check(row: Row, model: nn.Module, result: Any, x: Tensor) -> None:
     attempt(row, "masked_reference", lambda: within(row, "masked_reference", float(result.difference), EXACT))
     if runs:
         attempt(row, "saved", lambda: within(row, "saved", saved_and_loaded(row, pruned, x), EXACT))
-        late_checks(row, model, pruned, x)
+        late_checks(row, model, pruned, x, exported)
+
+
+def exported(pruned: nn.Module, x: Tensor, row: Row) -> bool:
+    """Written by espalier's export, which runs the file in onnxruntime, at other batch sizes too."""
+    with tempfile.TemporaryDirectory() as folder:
+        done = to_onnx(pruned, x, Path(folder) / "model.onnx", runtime="onnxruntime", tolerance=EXPORTED)
+    row["reasons"] |= {"onnx_note": "; ".join(done.notes)} if done.notes else {}
+    return within(row, "onnx", done.difference, EXPORTED)
 
 
 def saved_and_loaded(row: Row, pruned: nn.Module, x: Tensor) -> float:

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.nn import functional as F
 
 from espalier.core.errors import ModelError
 from espalier.core.files import write_atomic
@@ -21,7 +23,7 @@ from espalier.deploy.installed import need, quiet
 from espalier.deploy.runtimes import SIGNATURE, first_line
 from espalier.deploy.signature import Signature, tensors_in
 from espalier.graph import Value
-from espalier.graph.trace import structural_copy
+from espalier.graph.trace import idle_autocast, structural_copy
 from espalier.graph.trees import fill
 
 OPSET = 20
@@ -57,19 +59,65 @@ def write_onnx(
     need("the ONNX export", "onnx", "onnxscript")
     program, free, notes = _exported(model, signature, inputs)
     try:
-        with quiet():
-            found = torch.onnx.export(
-                program, dynamo=True, verbose=False, opset_version=OPSET,
-                input_names=list(signature.inputs), output_names=list(signature.outputs),
-            )  # fmt: skip
+        found = _converted(program, signature)
     except Exception as error:
-        raise _refusal(model, error) from error
+        found = None
+        if any("scaled_dot_product" in str(node.target) for node in program.graph.nodes):
+            with written_out_attention():
+                program, free, notes = _exported(model, signature, inputs)
+            with suppress(Exception):
+                found = _converted(program, signature)
+        if found is None:
+            raise _refusal(model, error) from error
+        notes = [*notes, f"attention is written out as products of matrices: {_said(error)}"]
     if found is None:
         raise ModelError("torch.onnx.export returned nothing; please report the model.")
     with quiet():
         _tidy(found.model, signature)
         _save(found, path, external=external)
     return free, notes
+
+
+def _converted(program: ExportedProgram, signature: Signature) -> Any:
+    with quiet():
+        return torch.onnx.export(
+            program, dynamo=True, verbose=False, opset_version=OPSET,
+            input_names=list(signature.inputs), output_names=list(signature.outputs),
+        )  # fmt: skip
+
+
+@contextmanager
+def written_out_attention() -> Iterator[None]:
+    """``scaled_dot_product_attention`` as products and a softmax, for layouts that the exporter refuses."""
+    fused = F.scaled_dot_product_attention
+    F.scaled_dot_product_attention = _attention
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = fused
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,  # noqa: ARG001 - the export is of the evaluating model
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """softmax(q k^T / sqrt(d) + mask) v over the last two dimensions."""
+    if enable_gqa:
+        times = query.shape[-3] // key.shape[-3]
+        key, value = key.repeat_interleave(times, -3), value.repeat_interleave(times, -3)
+    found = query @ key.transpose(-2, -1) * (scale if scale is not None else query.shape[-1] ** -0.5)
+    if is_causal:
+        seen = torch.ones(found.shape[-2:], dtype=torch.bool, device=found.device).tril()
+        found = found.masked_fill(~seen, -torch.inf)
+    if attn_mask is not None:
+        found = found.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else found + attn_mask
+    return found.softmax(-1) @ value
 
 
 def _exported(
@@ -93,7 +141,7 @@ def _exported(
             example = [torch.cat([x, x]) if open_ and size == 1 else x for x, open_ in zip(inputs, chosen, strict=True)]
             shapes = {"inputs": tuple({0: Dim.DYNAMIC} if open_ else None for open_ in chosen)}
             try:
-                with torch.no_grad(), quiet():
+                with torch.no_grad(), quiet(), idle_autocast():
                     program = torch.export.export(flat, tuple(example), dynamic_shapes=shapes, strict=False)
             except Exception as error:  # noqa: BLE001, RUF100 - any failure is told below, with its reason
                 reason = reason or error
@@ -114,11 +162,7 @@ def _exported(
 
 def _refusal(model: nn.Module, error: Exception) -> ModelError:
     """What the ONNX exporter said, in one sentence that names the operator."""
-    chain: list[str] = []
-    cause: BaseException | None = error
-    while cause is not None:
-        chain.append(str(cause))
-        cause = cause.__cause__
+    chain = _chain(error)
     operators = re.findall(r"No ONNX function found for <OpOverload\(op='([^']+)'", "\n".join(chain))
     if operators:
         named = ", ".join(dict.fromkeys(operators))
@@ -126,7 +170,21 @@ def _refusal(model: nn.Module, error: Exception) -> ModelError:
             f"{type(model).__name__} cannot be exported: the operator {named} has no ONNX form of opset {OPSET}. "
             "Write that part with other operators, or keep the .espalier file."
         )
-    return ModelError(f"{type(model).__name__} cannot be exported to ONNX: {first_line(ValueError(chain[-1]))}")
+    return ModelError(f"{type(model).__name__} cannot be exported to ONNX: {_said(error)}")
+
+
+def _chain(error: Exception) -> list[str]:
+    chain: list[str] = []
+    cause: BaseException | None = error
+    while cause is not None:
+        chain.append(str(cause))
+        cause = cause.__cause__
+    return chain
+
+
+def _said(error: Exception) -> str:
+    """The innermost reason."""
+    return first_line(ValueError(_chain(error)[-1]))
 
 
 def _operator(error: Exception) -> str:

@@ -12,7 +12,8 @@ import inspect
 import itertools
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -119,7 +120,7 @@ def _hooks(module: nn.Module) -> list[dict[int, Any]]:
 def _of_the_user(hook: Any) -> bool:
     """Not one by which torch, or a form of ours, computes a weight."""
     home = getattr(hook, "__module__", None) or type(hook).__module__
-    return not home.startswith(("torch.nn.utils", "espalier."))
+    return not home.startswith(("torch.nn.utils", "espalier.core"))
 
 
 _NOT_TRACEABLE = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError, NotImplementedError)
@@ -158,13 +159,29 @@ def _export(
     log = logging.getLogger("torch._subclasses.fake_tensor")
     silent, log.disabled = log.disabled, True  # what fails is said once, by us
     try:
-        with torch.no_grad(), warnings.catch_warnings():  # no_grad: a no_grad block inside adds no subgraph
+        with torch.no_grad(), warnings.catch_warnings(), idle_autocast():  # no_grad: a block inside adds no subgraph
             warnings.simplefilter("ignore")
             program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
     finally:
         torch.backends.mha.set_fastpath_enabled(value=fast)
         log.disabled = silent
     return program, flat
+
+
+@contextmanager
+def idle_autocast() -> Iterator[None]:
+    """``torch.autocast(enabled=False)`` does nothing, as it does in fp32; export would make a subgraph of its block."""
+    enter, leave = torch.autocast.__enter__, torch.autocast.__exit__
+    torch.autocast.__enter__ = (  # type: ignore[method-assign]
+        lambda self: enter(self) if self._enabled else self  # type: ignore[no-untyped-call]
+    )
+    torch.autocast.__exit__ = (  # type: ignore[method-assign]
+        lambda self, *raised: leave(self, *raised) if self._enabled else None
+    )
+    try:
+        yield
+    finally:
+        torch.autocast.__enter__, torch.autocast.__exit__ = enter, leave  # type: ignore[method-assign]
 
 
 def _batched(flat: Sequence[Any], dim: int, attempt: str) -> list[bool]:

@@ -136,7 +136,7 @@ class Prune(Training):
 
 
 def _with_vectors(model: nn.Module, layers: tuple[str, ...], who: str) -> Selection | None:
-    """What ``layers`` chooses where a pattern names vectors by their own name (``conv1.bias``, ``*.bias``); else None."""
+    """What ``layers`` chooses where it names vectors by their own name (``conv1.bias``, ``*.bias``); else None."""
     everything = [slot for slot in slots(model).values() if slot.latent.is_floating_point()]
     exact = [pattern for pattern in layers if not pattern.startswith(("#", "type:")) and not pattern.endswith("*")]
     named = {
