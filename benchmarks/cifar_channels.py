@@ -7,7 +7,7 @@ cost it about ten points); that is the baseline. Each row prunes it to the same 
 fine-tunes for the same epochs, and is judged on val (half of the 10,000 test images); test (the other half) is read
 once, paired with the baseline. ``--quick``: ResNet-20, one seed, 5,000 training images, 3 epochs, 2,500 images each
 of val and test. torch-pruning rows need the environment of zoo_requirements.txt; its channel ratio is bisected to the
-same multiply-adds and its criterion and scope are the best of its own on val. Rows are kept: a second call goes on where
+same multiply-adds; its criterion and scope are the best of its own on val. Rows are kept: a second call goes on where
 the first stopped. ``--only`` repeats the finalists with more seeds.
 """
 

@@ -243,6 +243,9 @@ def prune(
     layers: Annotated[
         list[str] | None, typer.Option(help="Layers by name, type:Conv2d or #0; repeat for more.")
     ] = None,
+    analyse: Annotated[
+        bool, typer.Option("--analyse", help="Measure first what each group can lose, for the report.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and change nothing.")] = False,
     out: Annotated[Path, typer.Option(help="Run directory.")] = Path("runs/pruned"),
     seed: Annotated[int, typer.Option(help="Root of every random number.")] = 0,
@@ -270,7 +273,7 @@ def prune(
     }  # fmt: skip
     with _warnings_as_sentences():
         loaded = load_project(project)
-        step = pruning.build(loaded, amounts, fields, multiple, part)
+        step = pruning.build(loaded, amounts, fields, multiple, part, analyse=analyse)
         if dry_run:
             found = pruning.dry_run(project, step, loaded)
             emit(found) if as_json else pruning.show_plan(found)
@@ -283,6 +286,38 @@ def prune(
             )  # fmt: skip
     (out / PROJECT_NOTE).write_text(f"{project.resolve()}\n")
     _show(result.record, out, as_json=as_json)
+
+
+@app.command()
+def sensitivity(
+    project: ProjectFile,
+    levels: Annotated[str, typer.Option(help="Shares of each group to try, in percent.")] = "25,50,75",
+    part: Annotated[
+        str | None, typer.Option(help="Of a transformer: heads, width, feed-forward or hidden alone.")
+    ] = None,
+    criterion: Annotated[str | None, typer.Option(help="What is unimportant: magnitude, sensitivity ...")] = None,
+    layers: Annotated[
+        list[str] | None, typer.Option(help="Layers by name, type:Conv2d or #0; repeat for more.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for sensitivity.json; a second call goes on there.")] = Path(
+        "runs/sensitivity"
+    ),
+    data_dir: DataDir = None,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Show how the metric on val falls as each group of coupled channels loses units; nothing is changed."""
+    _prepare(data_dir, threads)
+    from espalier import api
+    from espalier.cli import prune as pruning
+    from espalier.cli.progress import shown
+    from espalier.cli.project import load_project
+
+    api.fill_registry()
+    fields = {"criterion": criterion, "layers": layers or None}
+    with _warnings_as_sentences(), shown(quiet=as_json) as listener:
+        found = pruning.sensitivity(load_project(project), fields, part, levels, out, listener)
+    emit(found) if as_json else pruning.show_sensitivity(found, out)
 
 
 def _show(record: dict[str, Any], out: Path, *, as_json: bool) -> None:

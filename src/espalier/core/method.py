@@ -234,9 +234,9 @@ class Technique(Method):
         work when the context lacks what the technique needs.
         """
         from espalier.core.context import Context
-        from espalier.core.model import copy_model, keep_mode
+        from espalier.core.model import copy_model, keep_mode, unwrapped
 
-        context = context or Context()
+        context, model = context or Context(), unwrapped(model)
         context.check(self)
         with context.entered(), keep_mode(model) as restore:
             if "original" not in context.models:

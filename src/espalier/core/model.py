@@ -12,23 +12,50 @@ from torch import nn
 
 from espalier.core.errors import ModelError, NumericError
 
+WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+_READERS: list[tuple[Callable[[nn.Module], bool], Callable[[nn.Module], nn.Module]]] = []
+
+
+def register_reader(present: Callable[[nn.Module], bool], copy_of: Callable[[nn.Module], nn.Module]) -> None:
+    """Where ``present(model)``, :func:`copy_model` is ``copy_of(model)``: how other tools' marks become forms."""
+    _READERS.append((present, copy_of))
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside data-parallel and compiled wrappers; a model that is not wrapped is itself."""
+    while isinstance(model, WRAPPERS) or hasattr(model, "_orig_mod"):
+        model = model.module if isinstance(model, WRAPPERS) else model._orig_mod  # type: ignore[assignment]
+    return model
+
 
 def copy_model(model: nn.Module) -> nn.Module:
-    """A deep copy: tied stays tied, frozen stays frozen, hooks are kept. Raises ``ModelError`` if it cannot be made."""
+    """A deep copy: tied stays tied, frozen stays frozen, hooks are kept. Raises ``ModelError`` if it cannot be made.
+
+    Data-parallel and compiled wrappers are taken off, inside as well: parameters have the names of the bare model.
+    """
     if not isinstance(model, nn.Module):
         raise ModelError(f"a model is a torch.nn.Module; got {type(model).__name__}.")
+    model = unwrapped(model)
     for module in model.modules():  # a moved recurrent layer holds on to effective weights, which carry a graph
         if isinstance(module, nn.RNNBase) and any(
             weight is not None and not weight.is_leaf for weight in module._flat_weights
         ):
             module.__dict__["_flat_weights"] = []
     try:
-        return copy.deepcopy(model)
+        made = next((copy_of(model) for present, copy_of in _READERS if present(model)), None)
+        made = copy.deepcopy(model) if made is None else made
+        for parent in list(made.modules()):
+            for name, child in parent.named_children():
+                if unwrapped(child) is not child:
+                    setattr(parent, name, unwrapped(child))
+    except ModelError:
+        raise
     except Exception as error:
         raise ModelError(
             f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}). Keep only parameters, "
             "buffers, modules and plain values as attributes; call .detach() on tensors that carry a graph."
         ) from error
+    return made
 
 
 def modes(model: nn.Module) -> dict[str, bool]:

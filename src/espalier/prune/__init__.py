@@ -39,6 +39,7 @@ from espalier.prune.prune import Prune
 from espalier.prune.random import Random
 from espalier.prune.regrowth import GradientRegrowth, MomentumRegrowth
 from espalier.prune.regularize import Regularize
+from espalier.prune.removal import Slimmed, remove_channels
 from espalier.prune.saliency import Saliency
 from espalier.prune.scale import Scale
 from espalier.prune.schedules import Cubic, Exponential, Linear, Listed, OneShot, Percentile
@@ -51,6 +52,7 @@ from espalier.prune.synflow import SynFlow
 from espalier.prune.targeted_dropout import TargetedDropout
 from espalier.prune.tensors import Tensors
 from espalier.prune.threshold import Threshold
+from espalier.prune.torch_masks import from_torch, to_torch
 from espalier.prune.units import Units
 from espalier.prune.variational_dropout import VariationalDropout
 from espalier.prune.wanda import Wanda
@@ -131,6 +133,7 @@ __all__ = [
     "Scope",
     "Sensitivity",
     "Singular",
+    "Slimmed",
     "Slimming",
     "Snip",
     "SparsityPenalty",
@@ -142,5 +145,8 @@ __all__ = [
     "VariationalDropout",
     "Wanda",
     "Weights",
+    "from_torch",
     "redundant_terms",
+    "remove_channels",
+    "to_torch",
 ]  # fmt: skip

@@ -22,7 +22,7 @@ from espalier.core.context import Context
 from espalier.core.errors import ModelError, NumericError, UsageError
 from espalier.core.fields import Multiple
 from espalier.core.model import device_of
-from espalier.core.parametrize import freeze, slots
+from espalier.core.parametrize import freeze, plain, slots
 from espalier.core.selection import Selection, select
 from espalier.core.task import capture_call, to_device
 from espalier.graph import Runner
@@ -72,13 +72,15 @@ class Structural(Removing):
     ``measure``: what ``sparsity`` is a fraction of: units in every group, or parameters, multiply-adds, bytes of the
     encoded weights or measured milliseconds (torch, one thread) of the whole model. ``multiple``: unit counts are
     rounded to it.
-    ``normalise``: divide the scores of a group by their mean, so that groups of different cost compare.
+    ``normalise``: divide the scores of a group by their mean, so that groups of different cost compare. ``analyse``:
+    first measure on val how the metric falls as each group alone loses units, for the report.
     """
 
     units: ClassVar[bool] = True
     measure: Measure = "units"
     multiple: Multiple = 1
     normalise: bool = True
+    analyse: bool = False
 
     @abstractmethod
     def groups(self, found: ChannelGroups) -> tuple[Group, ...]:
@@ -261,12 +263,17 @@ class Removal:
         return float(len(encode.encode(tensors, aliases=aliases, floats="fp32")))
 
     def _milliseconds(self, chosen: Chosen) -> float:
-        gone = self.gone(chosen)
-        tensors = {**state_of(self.model), **self.found.graph.constants}
-        graph = without(self.found.flow, gone)
-        small = Runner(graph, {name: taken(self.found.flow, name, tensors[name], gone) for name in graph.tensors})
+        small = self.small(chosen)
         timed = latency({"": small}, lambda model: model(*self.args, **self.kwargs), repeats=15, seconds=5.0)
         return timed[""].median_ms
+
+    def small(self, chosen: Chosen) -> Runner:
+        """The graph without the chosen units, to try it out; the model stays as it is."""
+        gone = self.gone(chosen)
+        bare = plain(self.model) if any(slot.form is not None for slot in slots(self.model).values()) else self.model
+        tensors = {**state_of(bare), **self.found.graph.constants}
+        graph = without(self.found.flow, gone)
+        return Runner(graph, {name: taken(self.found.flow, name, tensors[name], gone) for name in graph.tensors})
 
     def gone(self, chosen: Chosen) -> Gone:
         """The atoms that go with the chosen units."""
@@ -411,6 +418,10 @@ def remove_units(method: Prune, model: nn.Module, context: Context) -> nn.Module
     assert isinstance(method.pattern, Structural)  # noqa: S101 - dispatched on it
     removal = Removal.of(method, method.pattern, model, context)
     final = final_sparsity(method)
+    if method.pattern.analyse:
+        from espalier.prune.analysis import analyse  # which builds on this file
+
+        context.record.details["sensitivity"] = analyse(removal, store=context.epochs("sensitivity"))
     if method.epochs:
         watcher = None
         if isinstance(method.criterion, WatchingCriterion):

@@ -11,6 +11,7 @@ from torch.nn.utils import prune as torch_prune
 
 from espalier.core.errors import ModelError
 from espalier.core.forms import Mask
+from espalier.core.model import register_reader
 from espalier.core.parametrize import Slot, attach, bake, slots
 
 ORIG, MASK = "_orig", "_mask"
@@ -122,3 +123,6 @@ def to_torch(model: nn.Module) -> nn.Module:
 def _hand_over(slot: Slot, mask: Tensor) -> None:
     for module, name in {(id(module), name): (module, name) for _, module, name in slot.owners}.values():
         torch_prune.custom_from_mask(module, name, mask.to(slot.latent.dtype))  # type: ignore[no-untyped-call]
+
+
+register_reader(has_torch_masks, copy_from_torch)

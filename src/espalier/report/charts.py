@@ -46,6 +46,30 @@ def stacked(parts: Parts, scale: float, label: str, css: str = "bar") -> Markup:
     return el("svg", marks, class_=css, viewBox="0 0 1000 20", preserveAspectRatio="none", role="img", aria_label=label)
 
 
+def strip(values: Sequence[float], levels: Sequence[float], full: float, worst: float, unit: str) -> Markup:
+    """One cell per level, the darker the more of the way from ``full`` to ``worst`` is lost."""
+    marks, width = [], 1000 / max(1, len(values))
+    for place, (value, level) in enumerate(zip(values, levels, strict=True)):
+        lost = min(1.0, max(0.0, (full - value) / (full - worst))) if full != worst else 0.0
+        title = el("title", f"{units.percent(level)} removed: {units.value(value, unit)}")
+        marks.append(
+            el(
+                "rect",
+                title,
+                x=_n(place * width),
+                y=0,
+                width=_n(width - 6),
+                height=20,
+                class_="heat",
+                fill_opacity=_n(0.06 + 0.94 * lost),
+            )
+        )
+    said = ", ".join(f"{units.percent(level)}: {units.value(v, unit)}" for v, level in zip(values, levels, strict=True))
+    return el(
+        "svg", marks, class_="bar", viewBox="0 0 1000 20", preserveAspectRatio="none", role="img", aria_label=said
+    )
+
+
 def curve(series: Curve) -> Markup:
     """A small line chart with the extremes and the last value written out."""
     wide, high, left, right, top, bottom = 300, 150, 46, 12, 14, 22

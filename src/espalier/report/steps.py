@@ -47,6 +47,18 @@ class PerLayer:
 
 
 @dataclass(frozen=True)
+class Sensitivity:
+    """How a metric falls as one group after another loses units: (group, units, values at ``levels``)."""
+
+    label: str
+    levels: tuple[float, ...]
+    full: float
+    unit: str
+    higher: bool
+    groups: tuple[tuple[str, int, tuple[float, ...]], ...]
+
+
+@dataclass(frozen=True)
 class Skipped:
     """Layers a step left alone for one reason."""
 
@@ -79,6 +91,7 @@ class Step:
     warnings: tuple[str, ...]
     curves: tuple[Curve, ...]
     per_layer: tuple[PerLayer, ...]
+    sensitivity: Sensitivity | None = None
 
 
 def steps(given: Any, metric: str, unit: str, *, higher: bool) -> tuple[Step, ...]:
@@ -106,6 +119,7 @@ def _step(item: Mapping[str, Any], metric: str, unit: str, *, higher: bool) -> S
         warnings=_strings(item.get("warnings")),
         curves=_curves(at(item, "details", "history"), metric, unit),
         per_layer=_per_layer(item.get("details")),
+        sensitivity=_sensitivity(at(item, "details", "sensitivity")),
     )
 
 
@@ -222,7 +236,47 @@ def _per_layer(details: Any) -> tuple[PerLayer, ...]:
         span = low if low == high else f"{low} to {high}"
         text = f"{span} over {units.plural(len(values), 'layer')}"
         found.append(PerLayer(key, text, tuple((name, show(n)) for name, n in values)))
-    return tuple(found + _codebooks(at(details, "codebooks")))
+    return tuple(found + _codebooks(at(details, "codebooks")) + _groups(details) + _protected(at(details, "protected")))
+
+
+def _groups(details: Any) -> list[PerLayer]:
+    """Units of every channel group, before and after."""
+    entries, total = [], [0.0, 0.0]
+    for group in objects(at(details, "groups")):
+        before, after = number(group.get("before")), number(group.get("after"))
+        if before is None or after is None:
+            continue
+        entries.append((_string(group.get("name")), f"{before:,.0f} → {after:,.0f}"))
+        total = [total[0] + before, total[1] + after]
+    if not entries:
+        return []
+    text = f"{total[0]:,.0f} → {total[1]:,.0f} in {units.plural(len(entries), 'coupled group')}"
+    return [PerLayer("units kept", text, tuple(entries))]
+
+
+def _protected(given: Any) -> list[PerLayer]:
+    """Dimensions that had to stay whole, and why."""
+    entries = [
+        (f"{_string(item.get('tensor'))}, dimension {number(item.get('dim')) or 0:g}", _string(item.get("reason")))
+        for item in objects(given)
+    ]
+    return [PerLayer("protected", units.plural(len(entries), "dimension"), tuple(entries))] if entries else []
+
+
+def _sensitivity(given: Any) -> Sensitivity | None:
+    levels = tuple(x for x in map(number, at(given, "levels") or ()) if x is not None)
+    groups = []
+    for group in objects(at(given, "groups")):
+        values = tuple(x for x in map(number, group.get("values") or ()) if x is not None)
+        if len(values) == len(levels):
+            groups.append((_string(group.get("name")), int(number(group.get("size")) or 0), values))
+    full = number(at(given, "full"))
+    if full is None or not groups:
+        return None
+    label = f"{_string(at(given, 'metric'))} on {_string(at(given, 'split'))}"
+    return Sensitivity(
+        label, levels, full, _string(at(given, "unit")), at(given, "higher_is_better") is not False, tuple(groups)
+    )
 
 
 def _codebooks(given: Any) -> list[PerLayer]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from espalier.report import units
-from espalier.report.charts import curve
+from espalier.report.charts import curve, strip
 from espalier.report.info import Info
 from espalier.report.markup import Markup, el
-from espalier.report.steps import PerLayer, Step
-from espalier.report.tables import table
+from espalier.report.steps import PerLayer, Sensitivity, Step
+from espalier.report.tables import MAX_ROWS, table
 
 OPEN_STEPS = 40
 """Beyond this many steps, the later ones are folded away."""
@@ -39,6 +39,7 @@ def _step(step: Step) -> Markup:
         _deltas(step),
         el("ul", notes) if notes else None,
         el("div", map(curve, step.curves), class_="curves") if step.curves else None,
+        _sensitivity(step.sensitivity) if step.sensitivity else None,
         map(_per_layer, step.per_layer),
         class_=f"step d{step.depth}",
     )
@@ -62,3 +63,25 @@ def _per_layer(found: PerLayer) -> Markup:
     rows = [[el("span", name, class_="name"), value] for name, value in found.entries]
     summary = el("summary", f"{found.label}: {found.range}")
     return el("details", summary, table(["layer", found.label], rows, numbers=(1,)))
+
+
+def _sensitivity(found: Sensitivity) -> Markup:
+    """Group by group, most sensitive first: units, a strip of cells, the worst value."""
+    pick = min if found.higher else max
+    worst = pick(pick(values) for _, _, values in found.groups)
+    ranked = sorted(found.groups, key=lambda group: sum(group[2]), reverse=not found.higher)
+    rows = [
+        el(
+            "tr",
+            el("td", el("span", name, class_="name")),
+            el("td", f"{size:,}", class_="n"),
+            el("td", strip(values, found.levels, found.full, worst, found.unit), class_="bar-cell"),
+            el("td", units.value(pick(values), found.unit), class_="n"),
+        )
+        for name, size, values in ranked[:MAX_ROWS]
+    ]
+    shares = ", ".join(units.percent(level) for level in found.levels)
+    heads = (("group", None), ("units", "n"), (f"{shares} of its units removed", None), ("at the worst", "n"))
+    head = el("thead", el("tr", (el("th", text, class_=css, scope="col") for text, css in heads)))
+    lead = f"Sensitivity: {found.label}, {units.value(found.full, found.unit)} with all units. Darker loses more."
+    return el("div", el("p", lead, class_="quiet"), el("table", head, el("tbody", rows)), class_="scroll")

@@ -21,6 +21,7 @@ from espalier.core.errors import EspalierError, RunError, TargetError
 from espalier.core.method import Technique
 from espalier.core.metric import Score
 from espalier.core.model import check_finite, copy_model, digest
+from espalier.core.parametrize import plain
 from espalier.core.recipe import FileOptions, Recipe, step_to_data
 from espalier.core.target import Target
 from espalier.core.task import Task, capture_call
@@ -98,7 +99,7 @@ class Run:
     def execute(self) -> Result:
         """Run, write, re-load, measure, record. Ctrl-C and failures leave the best so far."""
         self.check()
-        original = copy_model(self.model).to(self.device).eval()
+        original = plain(self.model).to(self.device).eval()  # masks read from elsewhere stay with the start
         context = RunContext(
             task=self.task, seed=self.seed, models={**self.models, "original": original, "best": original},
             listener=self.listener, directory=self.directory, options=self.options,
@@ -178,7 +179,7 @@ class Run:
         self, context: RunContext, original: nn.Module, recipe: Technique, name: str
     ) -> tuple[int, Score | None]:
         """Run one recipe and write its files; returns the length of ``model.espalier`` and its score on val."""
-        model = context.run(recipe, copy_model(original), name)
+        model = context.run(recipe, copy_model(self.model).to(self.device).eval(), name)
         writer = context.child(f"{name}/file", recipe)
         written = write_files(model, original, writer, self.options, self._folder(name))
         self.directory.log("file", name=name, **self._describe(written, writer))

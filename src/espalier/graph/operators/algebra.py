@@ -164,7 +164,7 @@ OPERATORS: tuple[Operator, ...] = (
         "attention",
         "scaled_dot_product_attention",
         "query:T key:T value:T attn_mask:T?=None dropout_p:f=0.0 is_causal:b=False *scale:f?=None *enable_gqa:b=False",
-        lambda *args, **named: F.scaled_dot_product_attention(*args, **named),  # looked up late: export may replace it
+        lambda *args, **named: F.scaled_dot_product_attention(*args, **named),  # noqa: PLW0108 - looked up late
         macs=_attention_macs,
     ),
     row(13, "bilinear", "bilinear", "input1:T input2:T weight:T bias:T?=None", torch.bilinear, macs=_bilinear_macs),
