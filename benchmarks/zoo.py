@@ -8,7 +8,8 @@ a crash, a hang or a lack of memory costs one row. Runs single-threaded. The env
 
 Assertions: the pruned model runs; same output shapes; kept parameters within 2 points of one half; boundaries listed;
 equal to the masked reference (relative 1e-4); equal after saving and loading (1e-4); equal in onnxruntime (1e-3);
-one training step. ``null`` stands for what a tool does not offer.
+one training step. ``null`` stands for what a tool does not offer. ``prune_cpu`` is processor time, which a busy
+neighbour moves less than ``prune``, the time on the clock.
 """
 
 from __future__ import annotations

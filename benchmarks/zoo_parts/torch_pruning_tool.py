@@ -101,7 +101,7 @@ def _width(module: nn.Module) -> int:
 
 def prune(row: Row, model: nn.Module, x: Tensor, seconds: float) -> Trial:
     """Search the ratio for half the parameters; raises what the tool raised when no try gave a model."""
-    started = time.perf_counter()
+    started, busy = time.perf_counter(), time.process_time()
     expected = output_of(model, x)
     leave = ignored(model, int(first_tensor(expected).shape[1]))
     row["ignored"] = leave
@@ -137,7 +137,9 @@ def prune(row: Row, model: nn.Module, x: Tensor, seconds: float) -> Trial:
         straight = low[0] + (high[0] - low[0]) * (low[1] - 0.5) / max(low[1] - high[1], 1e-9)
         ratio = straight if number % 3 != 2 else middle
     row["seconds"]["prune"] = round(time.perf_counter() - started, 2)
+    row["seconds"]["prune_cpu"] = round(time.process_time() - busy, 2)
     row["seconds"]["one_try"] = round(row["seconds"]["prune"] / max(len(tries), 1), 2)
+    row["seconds"]["one_try_cpu"] = round(row["seconds"]["prune_cpu"] / max(len(tries), 1), 2)
     if best is None:
         raise failure or RuntimeError("no try finished")
     return best

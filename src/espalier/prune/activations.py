@@ -54,6 +54,9 @@ class Activations(Removing):
     merge: bool = True
     batches: Batches = 4
 
+    def misfits(self, method: Prune) -> list[str]:
+        return [*super().misfits(method), *self.no_say(method, criterion=True, scope=True)]
+
     def transform(self, method: Prune, model: nn.Module, context: Context) -> nn.Module:
         """Choose by impact, fade or remove, merge."""
         paths = [path for path, module in model.named_modules() if isinstance(module, ACTIVATIONS)]

@@ -49,6 +49,9 @@ class Layers(Removing):
     every: Multiple = 2
     batches: Batches = 4
 
+    def misfits(self, method: Prune) -> list[str]:
+        return [*super().misfits(method), *self.no_say(method, criterion=self.by != "criterion", scope=True)]
+
     def transform(self, method: Prune, model: nn.Module, context: Context) -> nn.Module:
         """Remove block after block, while training where ``epochs`` says so."""
         blocks = candidates(model, context)

@@ -10,6 +10,7 @@ Departs  S has no learning rate and no optimizer of its own, which changes no ra
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -41,6 +42,10 @@ class _Movement(Watcher):
 
     def scores(self, model: nn.Module) -> Scores:
         return {name: moved.clone() for name, moved in self.moved.items()}
+
+    def keep(self, name: str, take: Callable[[Tensor], Tensor]) -> None:
+        if name in self.moved:
+            self.moved[name] = take(self.moved[name])
 
     def state_dict(self) -> dict[str, Any]:
         return {"moved": self.moved}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -68,6 +69,10 @@ class Watcher(Callback, ABC):
     @abstractmethod
     def scores(self, model: nn.Module) -> Scores:
         """The scores from what was seen so far, as ``Criterion.scores`` gives them."""
+
+    @abstractmethod
+    def keep(self, name: str, take: Callable[[Tensor], Tensor]) -> None:
+        """Cut what was gathered for the weight ``name`` by ``take``, as the weight itself was just cut."""
 
 
 @dataclass(frozen=True, kw_only=True)

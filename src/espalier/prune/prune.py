@@ -177,7 +177,7 @@ def _amounts(method: Prune) -> list[str]:
 def _combinations(method: Prune) -> list[str]:
     """Criteria, patterns and scopes that make no sense together."""
     criterion, pattern, scope = method.criterion, method.pattern, method.scope
-    found = []
+    found = pattern.misfits(method) if isinstance(pattern, Removing) else []
     if criterion.of == "units" and not pattern.units:
         found.append(f"criterion {criterion.id} scores output units; pattern {pattern.id} does not group by them")
     if isinstance(criterion, CutCriterion) and not isinstance(pattern, Weights):

@@ -23,6 +23,7 @@ from espalier.core.errors import ModelError, NumericError, UsageError
 from espalier.core.fields import Multiple
 from espalier.core.model import device_of
 from espalier.core.parametrize import freeze, plain, slots
+from espalier.core.plan import Keep
 from espalier.core.selection import Selection, select
 from espalier.core.task import capture_call, to_device
 from espalier.graph import Runner
@@ -31,7 +32,7 @@ from espalier.graph.channels.rewrite import Gone, indices, taken, without
 from espalier.graph.channels.surgery import Removed, groups_of, remove
 from espalier.graph.edit import state_of
 from espalier.measure.speed import latency
-from espalier.prune.parts import Criterion, Pattern, Reduction, Scope, Scores, WatchingCriterion
+from espalier.prune.parts import Criterion, Pattern, Reduction, Scope, Scores, Watcher, WatchingCriterion
 from espalier.train.batch_norm import reestimate
 
 if TYPE_CHECKING:
@@ -55,6 +56,24 @@ class Removing(Pattern):
     @abstractmethod
     def transform(self, method: Prune, model: nn.Module, context: Context) -> nn.Module:
         """What ``method`` does to ``model``, a copy it owns."""
+
+    def misfits(self, method: Prune) -> list[str]:
+        """Fields of ``method`` that mean nothing where something is removed."""
+        found = []
+        if method.rewind != "none":
+            found.append(f"rewind={method.rewind} goes back to earlier weights; pattern {self.id} has removed some")
+        if isinstance(method.sparsity, Mapping):
+            found.append(f"pattern {self.id} takes one sparsity, not one per layer")
+        return found
+
+    def no_say(self, method: Prune, *, criterion: bool, scope: bool) -> list[str]:
+        """Sentences about parts that were chosen but would not be asked."""
+        found = []
+        if criterion and type(method.criterion).id != "magnitude":
+            found.append(f"pattern {self.id} judges by itself; criterion {method.criterion.id} has no say")
+        if scope and method.scope.id != "layer":
+            found.append(f"pattern {self.id} ranks over the whole model; scope={method.scope.id} has no say")
+        return found
 
     def pool(self, scores: Tensor, reduction: Reduction) -> Tensor:
         """There are no masks to pool scores for."""
@@ -279,14 +298,15 @@ class Removal:
         """The atoms that go with the chosen units."""
         return self.found.removed_atoms(chosen)
 
-    def take(self, chosen: Chosen, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Remove for real; the model may become the runner of its graph."""
+    def take(self, chosen: Chosen, optimizer: torch.optim.Optimizer | None = None) -> tuple[Keep, ...]:
+        """Remove for real; the model may become the runner of its graph. Returns what was cut, tensor by tensor."""
         if not any(mask.any() for mask in chosen.values()):
-            return
+            return ()
         done = remove(self.model, self.found, chosen, self.args, self.kwargs, optimizer=optimizer)
         self.model = done.model
         self.removed.append(done)
         self.found = channel_groups(done.graph)
+        return tuple(edit for edit in done.plan.edits if isinstance(edit, Keep))
 
     def settle(self) -> None:
         """Batch-norm statistics of what is left, where there is data."""
@@ -392,7 +412,7 @@ def _rounded(gone: Tensor, scores: Tensor, multiple: int) -> NDArray[np.bool_]:
 class Remover(Callback):
     """Removes units as the schedule asks, at the start of every epoch; the optimizer's state is cut along."""
 
-    def __init__(self, removal: Removal, watcher: Any | None) -> None:
+    def __init__(self, removal: Removal, watcher: Watcher | None) -> None:
         self.removal, self.watcher = removal, watcher
 
     def on_epoch_start(self, loop: Loop) -> None:
@@ -402,7 +422,9 @@ class Remover(Callback):
             return
         given = self.watcher.scores(loop.model) if self.watcher is not None else None
         chosen = self.removal.choose(share, self.removal.scores(given))
-        self.removal.take(chosen, loop.optimizer)
+        for cut in self.removal.take(chosen, loop.optimizer):
+            if self.watcher is not None:
+                self.watcher.keep(cut.tensor, cut.take)
 
 
 def final_sparsity(method: Prune) -> float:
@@ -423,11 +445,11 @@ def remove_units(method: Prune, model: nn.Module, context: Context) -> nn.Module
 
         context.record.details["sensitivity"] = analyse(removal, store=context.epochs("sensitivity"))
     if method.epochs:
+        removal.model = _followable(removal)
         watcher = None
         if isinstance(method.criterion, WatchingCriterion):
-            selection = select(model, method.layers, who=method.name)
-            watcher = method.criterion.watcher(model, selection)
-        removal.model = _followable(removal)
+            selection = select(removal.model, method.layers, who=method.name)
+            watcher = method.criterion.watcher(removal.model, selection)
         remover = Remover(removal, watcher)
         callbacks = (remover,) if watcher is None else (watcher, remover)
         method.train(removal.model, context, callbacks=callbacks, settled=_settled(method))

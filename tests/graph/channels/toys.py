@@ -395,6 +395,13 @@ def projected_lstm() -> nn.Module:
 
 
 @toy(tokens(), expected="channels 6")
+def lstm_of_one_unit() -> nn.Module:
+    return Net(
+        lambda s, x: s.o(s.r(s.e(x))[0]), e=nn.Linear(8, 6), r=nn.LSTM(6, 1, batch_first=True), o=nn.Linear(1, 3)
+    )
+
+
+@toy(tokens(), expected="channels 6")
 def gated_recurrent_unit() -> nn.Module:
     return Net(lambda s, x: s.o(s.r(x)[0]), r=nn.GRU(8, 6, batch_first=True), o=nn.Linear(6, 3))
 

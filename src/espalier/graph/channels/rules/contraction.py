@@ -246,11 +246,12 @@ def recurrence(gates: int) -> Rule:
 
 
 def _gated(flow: Flow, rows: Ids | None, hidden: Ids | None, gates: int) -> None:
-    if rows is None:
+    if rows is None or len(rows) == gates:  # one unit: nothing may go, the gates least of all
         flow.pin(hidden)
+        flow.pin(rows)
         return
     for gate in rows.reshape(gates, -1):
-        flow.tie(hidden, gate if len(gate) > 1 else None)
+        flow.tie(hidden, gate)
 
 
 RULES: dict[str, Rule] = {
