@@ -16,8 +16,8 @@ from espalier.core.plan import Merge, Plan, applied
 from espalier.core.task import Task, classification
 from espalier.data import standard
 from espalier.prune import Activations, Layers, Linear, Magnitude, Prune
-from espalier.prune.activations import merge_linear
 from espalier.prune.layers import candidates
+from espalier.prune.merging import merge_linear
 
 
 class Residual(nn.Module):
@@ -60,7 +60,7 @@ def test_the_useless_block_goes_first(task: Task, by: str) -> None:
 
 def test_the_rule_takes_every_second_one_by_one(task: Task) -> None:
     context = Context(task=task)
-    method = Prune(pattern=Layers(by="rule", every=2), sparsity=0.5, epochs=3, schedule=Linear())
+    method = Prune(pattern=Layers(by="rule", every=2), epochs=3, schedule=Linear())
     smaller = method.transform(network(), context)
     assert [n for n in range(6) if isinstance(smaller[2][n], nn.Identity)] == [1, 3, 5]
     assert context.record.details["removed"] == ["2.1", "2.3", "2.5"]
@@ -128,7 +128,7 @@ def test_fading_ends_linear(task: Task) -> None:
     torch.manual_seed(0)
     layers = [nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 24), nn.Tanh(), nn.Linear(24, 10)]
     model = nn.Sequential(nn.Flatten(), *layers)
-    method = Prune(pattern=Activations(merge=False), sparsity=0.5, epochs=4, schedule=Linear(), lr=5e-3)
+    method = Prune(pattern=Activations(merge="never"), sparsity=0.5, epochs=4, schedule=Linear(), lr=5e-3)
     smaller = method(model, Context(task=task))
     assert sum(isinstance(m, nn.Identity) for m in smaller) == 1
     assert not [m for m in smaller.modules() if m._forward_hooks]

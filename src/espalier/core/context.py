@@ -120,8 +120,10 @@ class Context:
         )
 
     def skip(self, name: str, reason: str) -> None:
-        """Record a layer that was left alone, and why."""
-        self.record.skipped.append({"name": name, "reason": reason})
+        """Record a layer that was left alone, and why; once, however often it is said."""
+        row = {"name": name, "reason": reason}
+        if row not in self.record.skipped:
+            self.record.skipped.append(row)
 
     def note(self, text: str) -> None:
         """Record a sentence for the report."""

@@ -27,7 +27,7 @@ from espalier.core.parametrize import slots
 from espalier.core.plan import Plan, Remove
 from espalier.core.selection import Selection
 from espalier.core.task import to_device
-from espalier.prune.structure import Removing, final_sparsity
+from espalier.prune.structure import Removing, final_sparsity, settled
 
 if TYPE_CHECKING:
     from espalier.prune.prune import Prune
@@ -39,8 +39,8 @@ _NEVER = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm
 class Layers(Removing):
     """Blocks whose input and output have one shape; ``sparsity`` is the share of them that goes.
 
-    ``by``: the distance of the outputs, the metric, every ``every``-th block, or the criterion, whose scores are summed
-    over a block's weights. ``batches``: how many val batches an impact is measured on.
+    ``by``: the distance of the outputs, the metric, the rule (every ``every``-th block, no sparsity), or the criterion,
+    whose scores are summed over a block's weights. ``batches``: how many val batches an impact is measured on.
     """
 
     id: ClassVar[str] = "layers"
@@ -50,7 +50,10 @@ class Layers(Removing):
     batches: Batches = 4
 
     def misfits(self, method: Prune) -> list[str]:
-        return [*super().misfits(method), *self.no_say(method, criterion=self.by != "criterion", scope=True)]
+        found = [*super().misfits(method), *self.no_say(method, criterion=self.by != "criterion", scope=True)]
+        if self.by == "rule" and method.sparsity is not None:
+            found.append(f"by=rule takes every {self.every}th block away; leave sparsity={method.sparsity} unset")
+        return found
 
     def transform(self, method: Prune, model: nn.Module, context: Context) -> nn.Module:
         """Remove block after block, while training where ``epochs`` says so."""
@@ -64,7 +67,7 @@ class Layers(Removing):
             )
         walk = _Walk(self, method, model, context, blocks)
         if method.epochs:
-            method.train(model, context, callbacks=(walk,), settled=0)
+            method.train(model, context, callbacks=(walk,), settled=settled(method))
         walk.until(1.0, None)
         context.record.details |= {"blocks": len(blocks), "removed": walk.gone}
         return model
@@ -131,13 +134,14 @@ class _Walk(Callback):
         self.gone = [path for path in blocks if isinstance(model.get_submodule(path), nn.Identity)]
 
     def on_epoch_start(self, loop: Loop) -> None:
-        share = self.method.schedule.sparsity((loop.epoch + 1) / loop.epochs, 1.0)
+        schedule = self.method.schedule
+        share = schedule.share(schedule.at_epoch(loop.epoch, loop.epochs))
         self.gone = [path for path in self.blocks if isinstance(self.model.get_submodule(path), nn.Identity)]
         self.until(share, loop.optimizer)
 
     def until(self, share: float, optimizer: torch.optim.Optimizer | None) -> None:
         """Remove until ``share`` of what is to go in the end is gone."""
-        wanted = int(how_many(final_sparsity(self.method), len(self.blocks)) * share + 1e-9)
+        wanted = int(self.count() * share + 1e-9)
         while len(self.gone) < wanted:
             left = [path for path in self.blocks if path not in self.gone]
             path = self.next(left)
@@ -145,27 +149,37 @@ class _Walk(Callback):
             self.gone.append(path)
             self.context.progress("blocks removed", len(self.gone), wanted)
 
+    def count(self) -> int:
+        """How many blocks go in the end."""
+        if self.pattern.by == "rule":
+            return len(self.blocks) // self.pattern.every
+        return how_many(final_sparsity(self.method), len(self.blocks))
+
     def next(self, left: list[str]) -> str:
         """The block that goes next."""
         pattern = self.pattern
         if pattern.by == "rule":
-            ruled = self.blocks[pattern.every - 1 :: pattern.every]
-            return next((path for path in ruled if path in left), left[-1])
+            return next(path for path in self.blocks[pattern.every - 1 :: pattern.every] if path in left)
         if pattern.by == "criterion":
             scores = self._scores(left)
         elif pattern.by == "metric":
             scores = {path: self._drop(path) for path in left}
         else:
             scores = self._distances(left)
-        return min(left, key=lambda path: scores[path])
+        return min(scores, key=lambda path: scores[path])
 
     def _scores(self, left: list[str]) -> dict[str, float]:
         chosen = Selection(tuple(slot for slot in slots(self.model).values() if slot.latent.ndim > 1))
         found = self.method.criterion.scores(self.model, chosen, self.context)
-        total = dict.fromkeys(left, 0.0)
+        total: dict[str, float] = {}
         for path in left:
             of = [score for name, score in found.items() if name.startswith(f"{path}.")]
-            total[path] = sum(float(score.abs().sum()) for score in of)
+            if of:
+                total[path] = sum(float(score.abs().sum()) for score in of)
+            else:
+                self.context.skip(path, f"criterion {self.method.criterion.id} has no scores for it; left whole")
+        if not total:
+            raise ModelError(f"{self.method.name}: criterion {self.method.criterion.id} scores none of {left}.")
         return total
 
     def _drop(self, path: str) -> float:

@@ -213,6 +213,19 @@ class Schedule(Method):
         """Where it grows in jumps: the shares of the training at which it does; empty where it grows gradually."""
         return ()
 
+    def share(self, progress: float) -> float:
+        """How far the schedule has come, 0..1: for what goes by another measure than a final sparsity."""
+        final = 0.9 if self.final is None else self.final
+        end = self.sparsity(1.0, final)
+        return self.sparsity(progress, final) / end if end else 1.0
+
+    def at_epoch(self, epoch: int, epochs: int) -> float:
+        """The progress that counts in an epoch (from 0) for what changes once an epoch, at its start.
+
+        A round takes place where it is due; what grows gradually is taken an epoch ahead, so that it ends in time.
+        """
+        return epoch / epochs if self.jumps else (epoch + 1) / epochs
+
 
 @dataclass(frozen=True, kw_only=True)
 class Regrowth(Method):

@@ -65,6 +65,9 @@ class Layer(Ranking):
 
     id: ClassVar[str] = "layer"
 
+    def apart(self, selection: Selection) -> tuple[tuple[str, ...], ...]:
+        return tuple((name,) for name in selection.names)
+
     def rank(self, scores: Scores, sparsity: float) -> dict[str, Tensor]:
         return {name: pick(score, sparsity) for name, score in scores.items()}
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd
 
 from espalier import encode
 from espalier.core.callback import Callback, Loop
@@ -27,7 +28,7 @@ from espalier.core.plan import Keep
 from espalier.core.selection import Selection, select
 from espalier.core.task import capture_call, to_device
 from espalier.graph import Runner
-from espalier.graph.channels import ChannelGroups, Group, channel_groups, cost
+from espalier.graph.channels import ChannelGroups, Group, Place, channel_groups, cost
 from espalier.graph.channels.rewrite import Gone, indices, taken, without
 from espalier.graph.channels.surgery import Removed, groups_of, remove
 from espalier.graph.edit import state_of
@@ -110,30 +111,53 @@ class Structural(Removing):
         return remove_units(method, model, context)
 
 
-def unit_scores(groups: Sequence[Group], scores: Scores, criterion: Criterion) -> dict[str, Tensor]:
-    """Scores of the units of every group, shape (size,), from scores of weights or of output units."""
+def unit_scores(
+    groups: Sequence[Group], scores: Scores, criterion: Criterion, transposed: Mapping[str, int] | None = None
+) -> dict[str, Tensor]:
+    """Scores of the units of every group, shape (size,), from scores of weights or of output units.
+
+    A group with a unit that nothing scores is left out. Layers that share units and are scored by the unit count alike,
+    whatever the scale of their scores. ``transposed``: weight -> convolution groups where inputs are stored first.
+    """
     found: dict[str, Tensor] = {}
     for group in groups:
-        total = torch.zeros(group.size, dtype=torch.float64)
-        count = torch.zeros(group.size, dtype=torch.float64)
+        parts: list[tuple[Tensor, Tensor, int]] = []
         for place in group.places:
             score = scores.get(place.tensor)
-            if score is None:
-                continue
-            vector, each = _along(score, place.dim, criterion)
-            if vector is None:
-                continue
-            unit = torch.from_numpy(place.unit)
-            total.index_add_(0, unit, vector[torch.from_numpy(place.index)])
+            vector, each = (None, 0) if score is None else _along(score, place, criterion, transposed or {})
+            if vector is not None:
+                parts.append((torch.from_numpy(place.unit), vector[torch.from_numpy(place.index)], each))
+        if criterion.of == "units" and len(parts) > 1:
+            sizes = [float(vector.abs().mean().clamp_min(1e-30)) for _, vector, _ in parts]
+            usual = sum(sizes) / len(sizes)
+            parts = [(unit, vector * (usual / size), n) for (unit, vector, n), size in zip(parts, sizes, strict=True)]
+        total = torch.zeros(group.size, dtype=torch.float64)
+        count = torch.zeros(group.size, dtype=torch.float64)
+        for unit, vector, each in parts:
+            total.index_add_(0, unit, vector)
             count.index_add_(0, unit, torch.full((len(unit),), float(each), dtype=torch.float64))
-        found[group.name] = _reduced(total, count, "mean" if criterion.of == "units" else criterion.reduction)
+        if bool((count > 0).all()):
+            found[group.name] = _reduced(total, count, "mean" if criterion.of == "units" else criterion.reduction)
     return found
 
 
-def _along(score: Tensor, dim: int, criterion: Criterion) -> tuple[Tensor | None, int]:
-    """Contributions summed over every dimension but ``dim``, and how many weights each sum holds."""
-    score = score.detach().double().cpu()
+def transposed_weights(model: nn.Module) -> dict[str, int]:
+    """Weight name -> groups of every transposed convolution."""
+    return {
+        slot.name: int(slot.module.groups)  # type: ignore[arg-type]
+        for slot in slots(model).values()
+        if isinstance(slot.module, _ConvTransposeNd) and slot.owners[0][2] == "weight"
+    }
+
+
+def _along(
+    score: Tensor, place: Place, criterion: Criterion, transposed: Mapping[str, int]
+) -> tuple[Tensor | None, int]:
+    """Contributions summed over every dimension but the place's, and how many weights each sum holds."""
+    score, dim = score.detach().double().cpu(), place.dim
     if criterion.of == "units":
+        if place.tensor in transposed:  # (inputs, outputs / groups, ...): one column stands for a unit of every group
+            return (score.reshape(transposed[place.tensor], -1).mean(0), 1) if dim == 1 else (None, 0)
         return (score, 1) if dim == 0 else (None, 0)
     if criterion.reduction == "l1":
         score = score.abs()
@@ -210,7 +234,17 @@ class Removal:
         for name, score in given.items():
             if bool(torch.isnan(score).any()):
                 raise NumericError(f"criterion {method.criterion.id} gives NaN for {name}; units cannot be ranked.")
-        found = unit_scores(groups, given, method.criterion)
+        found = unit_scores(groups, given, method.criterion, transposed_weights(self.model))
+        for group in groups:
+            if group.name not in found:
+                self.context.skip(
+                    group.name, f"criterion {method.criterion.id} has no scores for its units; left whole"
+                )
+        if groups and not found:
+            raise ModelError(
+                f"{method.name}: criterion {method.criterion.id} scores no group of {type(self.model).__name__} as a "
+                "whole. Use one that scores weights (magnitude, sensitivity), or name other layers."
+            )
         if self.pattern.normalise:
             found = {name: score / score.abs().mean().clamp_min(1e-30) for name, score in found.items()}
         return found
@@ -223,12 +257,12 @@ class Removal:
 
     def _ranked(self, scores: dict[str, Tensor], sparsity: float) -> Chosen:
         """The lowest units at ``sparsity`` of the units there were at the start, floor and multiple kept."""
-        groups = {group.name: group for group in self.candidates()}
+        groups = {group.name: group for group in self.candidates() if group.name in scores}
         chosen: Chosen = {}
         for names in _sets(self.method.scope, self.model, list(groups.values())):
             now = sum(groups[name].size for name in names)
             ever = sum(self.start.get(name, groups[name].size) for name in names)
-            share = 1 - (1 - sparsity) * ever / now
+            share = 1 - (1 - sparsity) * ever / now + 1e-9  # counts are rounded down: not one less by rounding error
             picked = self.method.scope.removed({name: scores[name] for name in names}, min(max(share, 0.0), 1 - 1e-9))
             for name, gone in picked.items():
                 chosen[name] = _rounded(gone, scores[name], self.pattern.multiple)
@@ -307,6 +341,10 @@ class Removal:
         self.removed.append(done)
         self.found = channel_groups(done.graph)
         return tuple(edit for edit in done.plan.edits if isinstance(edit, Keep))
+
+    def look_again(self) -> None:
+        """Analyse the model as it is now; ``start`` stays."""
+        self.found = groups_of(self.model, self.args, self.kwargs)
 
     def settle(self) -> None:
         """Batch-norm statistics of what is left, where there is data."""
@@ -413,18 +451,30 @@ class Remover(Callback):
     """Removes units as the schedule asks, at the start of every epoch; the optimizer's state is cut along."""
 
     def __init__(self, removal: Removal, watcher: Watcher | None) -> None:
-        self.removal, self.watcher = removal, watcher
+        self.removal, self.watcher, self.reached = removal, watcher, 0.0
 
     def on_epoch_start(self, loop: Loop) -> None:
         method = self.removal.method
-        share = method.schedule.sparsity((loop.epoch + 1) / loop.epochs, final_sparsity(method))
-        if self.watcher is not None and not loop.step:
+        if self.watcher is None or loop.step:
+            progress = method.schedule.at_epoch(loop.epoch, loop.epochs)
+            self.remove(method.schedule.sparsity(progress, final_sparsity(method)), loop.optimizer)
+
+    def remove(self, share: float, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Remove until ``share`` is gone; nothing where that much is gone already."""
+        if share <= self.reached:
             return
-        given = self.watcher.scores(loop.model) if self.watcher is not None else None
-        chosen = self.removal.choose(share, self.removal.scores(given))
-        for cut in self.removal.take(chosen, loop.optimizer):
+        given = self.watcher.scores(self.removal.model) if self.watcher is not None else None
+        for cut in self.removal.take(self.removal.choose(share, self.removal.scores(given)), optimizer):
             if self.watcher is not None:
                 self.watcher.keep(cut.tensor, cut.take)
+        self.reached = share
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"reached": self.reached}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.reached = state["reached"]
+        self.removal.look_again()  # the model was cut as it had been, from the plan
 
 
 def final_sparsity(method: Prune) -> float:
@@ -452,7 +502,14 @@ def remove_units(method: Prune, model: nn.Module, context: Context) -> nn.Module
             watcher = method.criterion.watcher(removal.model, selection)
         remover = Remover(removal, watcher)
         callbacks = (remover,) if watcher is None else (watcher, remover)
-        method.train(removal.model, context, callbacks=callbacks, settled=_settled(method))
+        method.train(removal.model, context, callbacks=callbacks, settled=settled(method))
+        if remover.reached < final:
+            context.note(
+                f"the training ended before the schedule; from {remover.reached:.1%} to {final:.1%} was removed after "
+                "it. A train.finetune step would repair that."
+            )
+            remover.remove(final)
+            removal.settle()
     else:
         removal.take(removal.choose(final, removal.scores()))
         removal.settle()
@@ -468,10 +525,10 @@ def remove_units(method: Prune, model: nn.Module, context: Context) -> nn.Module
     return removal.model
 
 
-def _settled(method: Prune) -> int:
-    at_end = method.schedule.sparsity(1.0, 1.0)
-    epochs = method.epochs
-    return sum(method.schedule.sparsity((e + 1) / epochs, 1.0) < at_end for e in range(epochs))
+def settled(method: Prune) -> int:
+    """Epochs until the schedule has reached its end: earlier structures are no candidates for the best."""
+    schedule, epochs = method.schedule, method.epochs
+    return sum(schedule.share(schedule.at_epoch(epoch, epochs)) < 1 for epoch in range(epochs))
 
 
 def _followable(removal: Removal) -> nn.Module:

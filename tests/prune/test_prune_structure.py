@@ -1,0 +1,144 @@
+"""Units that are removed: who scores them, when they go, and that a killed training goes on where it was."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tests.train.conftest import StoredContext
+from torch import Tensor, nn
+
+from espalier.core.context import Context
+from espalier.core.errors import ModelError
+from espalier.core.task import Task, classification
+from espalier.graph.channels.surgery import groups_of
+from espalier.prune import (
+    ActivationMean,
+    Channels,
+    Global,
+    Heads,
+    Layer,
+    Linear,
+    Listed,
+    Movement,
+    Percentile,
+    Prune,
+    Saliency,
+    Scale,
+)
+from espalier.prune.structure import transposed_weights, unit_scores
+from espalier.train import EarlyStopping
+
+
+def task(shape: tuple[int, ...] = (3, 8, 8), n: int = 64) -> Task:
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(n, *shape, generator=g), torch.randint(4, (n,), generator=g)
+    batches = [(x[i : i + 16], y[i : i + 16]) for i in range(0, n, 16)]
+    return classification(batches, batches[:2])
+
+
+def cnn() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.Conv2d(8, 12, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 4),
+    )  # fmt: skip
+
+
+def widths(model: nn.Module) -> list[int]:
+    return [len(p) for name, p in model.named_parameters() if name.endswith("weight") and p.ndim > 1][:-1]
+
+
+@pytest.mark.parametrize(("inner", "groups"), [(6, 1), (8, 1), (8, 2)])
+def test_units_of_a_transposed_convolution_are_its_outputs(inner: int, groups: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.ConvTranspose2d(8, inner, 2, groups=groups), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inner, 4),
+    )  # fmt: skip
+    found = groups_of(model, (torch.randn(3, 3, 8, 8),))
+    own = torch.arange(1.0, inner + 1)
+    scores = unit_scores(found.groups, {"2.weight": own}, ActivationMean(), transposed_weights(model))
+    reached = [g for g in found.groups if any(p.tensor == "6.weight" for p in g.places) and g.name in scores]
+    assert [len(scores[g.name]) for g in reached] == [reached[0].size]
+    expected = own.reshape(groups, -1).mean(0) if groups > 1 and reached[0].size < inner else own
+    assert torch.equal(scores[reached[0].name], expected.double())
+    Prune(criterion=ActivationMean(), pattern=Channels())(model, Context(task=task()))
+
+
+def test_a_group_without_scores_stays_whole_and_is_listed() -> None:
+    for scope in (Layer(), Global()):
+        context = Context(task=task())
+        smaller = Prune(criterion=Scale(), pattern=Channels(), scope=scope).transform(cnn(), context)
+        assert widths(smaller) == [4, 12]
+        assert any("no scores for its units" in row["reason"] for row in context.record.skipped)
+
+
+def test_a_criterion_that_scores_nothing_says_so() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.TransformerEncoderLayer(8, 4, 16, batch_first=True), nn.Flatten(), nn.Linear(40, 4))
+    with pytest.raises(ModelError, match="saliency scores no group"):
+        Prune(criterion=Saliency(), pattern=Heads())(model, Context(task=task((5, 8))))
+
+
+def test_coupled_layers_count_alike_whatever_their_scale() -> None:
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.o = nn.Linear(5, 6), nn.Linear(5, 6), nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> Any:
+            return self.o(torch.relu(self.a(x) + self.b(x)))
+
+    group = groups_of(Sum(), (torch.randn(3, 5),)).groups
+    small, large = torch.arange(1.0, 7), 1000 * torch.arange(6.0, 0, -1)
+    scores = unit_scores(group, {"a.weight": small, "b.weight": large}, ActivationMean())
+    assert torch.allclose(scores[group[0].name], torch.full((6,), float(scores[group[0].name][0])).double())
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        (Listed(values=(0.25, 0.5, 0.75)), [6, 4, 2]),
+        (Percentile(percent=0.5, rounds=2), [4, 4, 2]),
+        (Linear(end=1.0), [6, 4, 2]),
+    ],
+)
+def test_rounds_take_place_when_they_are_due(schedule: Any, expected: list[int]) -> None:
+    seen: list[int] = []
+    model = cnn()
+    sparsity = None if schedule.final is not None else 0.75
+    step = Prune(pattern=Channels(), schedule=schedule, epochs=3, sparsity=sparsity, lr=1e-4)
+    model.register_forward_pre_hook(lambda module, _: seen.append(len(module[0].weight)) if module.training else None)
+    step.transform(model, Context(task=task()))
+    per_epoch = [seen[i] for i in (0, 4, 8)]
+    assert per_epoch == expected
+
+
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_what_the_schedule_did_not_reach_goes_at_the_end(epochs: int) -> None:
+    context = Context(task=task())
+    step = Prune(criterion=Movement(), pattern=Channels(), schedule=Linear(), sparsity=0.5, epochs=epochs)
+    assert widths(step.transform(cnn(), context)) == [4, 6]
+    assert any("before the schedule" in note for note in context.record.notes) == (epochs == 1)
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        Prune(pattern=Channels(), schedule=Linear(end=1.0), sparsity=0.6, epochs=4, lr=1e-3),
+        Prune(criterion=Movement(), pattern=Channels(), schedule=Linear(), sparsity=0.5, epochs=4, lr=1e-3),
+        Prune(pattern=Channels(), schedule=Listed(values=(0.25, 0.5)), epochs=4, lr=1e-3, stopping=EarlyStopping()),
+    ],
+)
+def test_a_killed_training_goes_on_to_the_same_weights(step: Prune) -> None:
+    whole = step(cnn(), StoredContext(task=task()))
+    for died in (1, 3):
+        context = StoredContext(task=task())
+        context.epochs().die_after = died
+        with pytest.raises(KeyboardInterrupt):
+            step(cnn(), context)
+        resumed = step(cnn(), StoredContext(task=task(), stores=context.stores))
+        for (name, one), other in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
+            assert torch.equal(one, other), name
