@@ -21,7 +21,7 @@ from espalier.core.method import Technique
 from espalier.core.parametrize import slots
 from espalier.core.record import Counts, Record
 from espalier.core.selection import Selection
-from espalier.prune import Criterion, Cubic, Global, Layer, Listed, Prune, Random, Threshold, Weights
+from espalier.prune import Criterion, Cubic, Global, Layer, Listed, Prune, Random, Row, Threshold, Weights
 from espalier.prune.magnitude import magnitude
 from espalier.prune.parts import Scores
 from espalier.prune.threshold import threshold
@@ -200,18 +200,39 @@ def test_absolute_threshold(value: float, seed: int) -> None:
     model = net(seed)
     result = Prune(criterion=Threshold(value=value))(model)
     for name, gone in zeros(result).items():
-        assert torch.equal(gone, effective(model)[name].abs() / value < 1)
+        size = effective(model)[name].abs()
+        assert torch.equal(gone, (size / value < 1) & (size < size.max())), "all below it, but never the last one"
 
 
 @pytest.mark.parametrize("quality", [0.1, 0.5, 1.0, 2.0])
 def test_quality_times_the_standard_deviation(quality: float) -> None:
     model = net()
     for name, gone in zeros(Prune(criterion=Threshold(quality=quality))(model)).items():
-        weight = effective(model)[name].numpy()
-        assert np.array_equal(gone.numpy(), np.abs(weight) < quality * weight.std())
+        size = np.abs(weight := effective(model)[name].numpy())
+        assert np.array_equal(gone.numpy(), (size < quality * weight.std()) & (size < size.max()))
 
 
-def test_the_deviation_is_that_of_the_weights_that_are_left() -> None:
+@pytest.mark.parametrize("floor", [0.0, 0.25])
+def test_a_threshold_above_all_weights_leaves_the_floor_of_each_layer_and_says_so(floor: float) -> None:
+    records: list[Record] = []
+
+    class Watching(Context):
+        def perform(self, technique: Technique, model: nn.Module) -> nn.Module:
+            records.append(self.record)
+            return super().perform(technique, model)
+
+    method = Prune(criterion=Threshold(value=100.0), scope=Layer(floor=floor))
+    for name, gone in zeros(method(net(), Watching())).items():
+        kept = max(1, math.ceil(floor * gone.numel()))
+        size = effective(net())[name].abs()
+        assert int((~gone).sum()) == kept
+        assert size[gone].max() <= size[~gone].min()
+    assert records[0].details["clamped"] == ["0.weight", "2.weight", "4.weight"]
+    method.replace(criterion=Threshold(quality=0.1))(net(), Watching())
+    assert "clamped" not in records[1].details
+
+
+def test_the_deviation_is_that_of_the_weights_that_are_there_at_the_start() -> None:
     weight = torch.tensor([0.0, 0.0, 1.0, -1.0])
     assert threshold(weight, None, 0.5) == 0.5
     assert threshold(weight, 0.3, 0.5) == 0.3
@@ -248,6 +269,9 @@ def test_random_ignores_the_weights() -> None:
 def test_conflicts_are_named() -> None:
     with pytest.raises(UsageError, match="criterion threshold decides the sparsity itself"):
         Prune(criterion=Threshold(), sparsity=0.5)
+    for scope in (Global(), Row()):
+        with pytest.raises(UsageError, match=f"threshold cuts each layer .* scope={scope.id} has no say; give scope=l"):
+            Prune(criterion=Threshold(), scope=scope)
     with pytest.raises(UsageError, match="a sparsity per pattern needs scope=layer; got scope=global"):
         Prune(sparsity={"*": 0.5}, scope=Global())
     with pytest.raises(UsageError, match=r"schedule listed ends at 0.9; leave sparsity=0.5 unset"):

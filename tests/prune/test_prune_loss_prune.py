@@ -116,6 +116,40 @@ def test_scoring_leaves_the_model_alone(connections) -> None:
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
 
 
+class Normed(nn.Sequential):
+    """Notes, in its forward, whether its batch norm is in training mode."""
+
+    def __init__(self) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            super().__init__(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 3))
+        self.seen: list[tuple[bool, bool]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append((self[1].training, self[0].training))
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("method", ["snip", "grasp", "terms"])
+def test_scoring_normalises_by_the_batch_as_training_does(method: str) -> None:
+    model = Normed().double().eval()
+    _, context, data = problem()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    chosen = select(model, ("*",))
+    if method == "terms":
+        redundant_terms(model, COMPOSITE, context, selection=chosen, count=2)
+    else:
+        (Snip if method == "snip" else Grasp)(batches=2).kept(model, chosen, 0.5, context)
+    assert set(model.seen) == {(True, False)}
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not any(module.training for module in model.modules())
+    if method == "snip":
+        grads = torch.autograd.grad(mean_loss(model.train(), data), [model[0].weight, model[3].weight])
+        scores = [(w * g).abs().detach() for w, g in zip((model[0].weight, model[3].weight), grads, strict=True)]
+        found = Snip(batches=2).kept(model, chosen, 0.5, context)
+        assert all(torch.equal(a, b) for a, b in zip(found.values(), highest(scores, 16), strict=True))
+
+
 def test_starts_afresh_and_says_so() -> None:
     context = Context(task=digits())
     model = context.perform(LossPrune(epochs=0, sparsity=0.5), copy_model(trained("mlp")))

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.prune.sparse_training import accuracy, digits, trained, zeros
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from espalier.core.callback import Callback, Loop
 from espalier.core.context import Context
 from espalier.core.errors import NeedError, UsageError
+from espalier.core.forms import Mask
+from espalier.core.metric import Metric
 from espalier.core.parametrize import slots
 from espalier.core.selection import select
 from espalier.core.task import Task
 from espalier.prune import Cubic, Global, Linear, Movement, Prune, Random
 from espalier.prune.movement import movement
-from espalier.train import SGD, Constant
+from espalier.train import SGD, AdamW, Constant, EarlyStopping
 
 
 def test_sum_of_eq_4_by_hand_with_straight_through_masks() -> None:
@@ -70,3 +75,84 @@ def test_digits_beat_random() -> None:
     other = method.replace(criterion=Random())(trained("mlp"), Context(task=digits()))
     assert zeros(result) == pytest.approx(0.9, abs=1e-3)
     assert accuracy(result) > accuracy(other) + 5
+
+
+class Held(Callback):
+    """Notes mask and latent weight before and after every step, mask updates included."""
+
+    def __init__(self) -> None:
+        self.before: list[tuple[Tensor, Tensor]] = []
+        self.after: list[tuple[Tensor, Tensor]] = []
+
+    def before_step(self, loop: Loop) -> None:
+        self.before.append(now(loop.model))
+
+    def after_step(self, loop: Loop) -> None:
+        self.after.append(now(loop.model))
+
+
+def now(model: nn.Module) -> tuple[Tensor, Tensor]:
+    slot = slots(model)["0.weight"]
+    assert isinstance(slot.form, Mask)
+    return slot.form.mask.clone(), slot.latent.detach().clone()
+
+
+class Seen(Prune):
+    """Prune with a watch, and the masks as they are before the end."""
+
+    def train(self, model: nn.Module, *args: Any, callbacks: Any = (), **options: Any) -> Any:
+        found = super().train(model, *args, callbacks=(*callbacks, HELD[0]), **options)
+        MASKS[:] = [now(model)[0]]
+        RESULTS[:] = [found]
+        return found
+
+
+HELD, MASKS, RESULTS = [Held()], list[Tensor](), list[Any]()
+
+
+@pytest.mark.parametrize(
+    "optimizer", [SGD(momentum=0.9, weight_decay=0.1), AdamW(weight_decay=0.5)], ids=lambda o: o.id
+)
+def test_a_pruned_weight_keeps_the_value_it_had_when_it_went(optimizer: SGD | AdamW) -> None:
+    torch.manual_seed(0)
+    model, x, y = nn.Sequential(nn.Linear(12, 6)), torch.randn(16, 12), torch.randn(16, 6)
+    HELD[0] = Held()
+    method = Seen(
+        criterion=Movement(), schedule=Linear(end=0.5), sparsity=0.5, epochs=20, every=2, lr=0.05, optimizer=optimizer
+    )
+    method(model, Context(task=Task(train=[(x, y)] * 2, loss=F.mse_loss)))
+    steps = list(zip(HELD[0].before, HELD[0].after, strict=True))
+    assert any(bool((later & ~mask).any()) for (mask, _), (later, _) in steps), "some come back"
+    for (mask, latent), (_, after) in steps:
+        assert torch.equal(latent[~mask], after[~mask])
+        assert not torch.equal(latent[mask], after[mask])
+
+
+class Falling(Metric):
+    """Every measurement is worse than the one before."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def per_sample(self, output: Any, target: Any) -> Tensor:
+        self.calls += 1
+        return torch.full((len(output),), -float(self.calls))
+
+
+def test_the_best_epoch_keeps_the_masks_it_was_judged_with() -> None:
+    """Ranked again by what later epochs saw, its weights would get masks they were never trained with."""
+    torch.manual_seed(0)
+    model, x, y = nn.Sequential(nn.Linear(12, 6)), torch.randn(16, 12), torch.randn(16, 6)
+    HELD[0] = Held()
+    method = Seen(
+        criterion=Movement(), schedule=Linear(end=0.3), sparsity=0.5, epochs=10, every=1, lr=0.05,
+        stopping=EarlyStopping(patience=None),
+    )  # fmt: skip
+    task = Task(train=[(x, y)] * 2, val=[(x, y)], loss=F.mse_loss, metric=Falling())
+    result = method(model, Context(task=task))
+    best = RESULTS[0].best_epoch
+    assert 3 < best < 10
+    (mask,) = MASKS
+    assert torch.equal(mask, HELD[0].after[2 * best - 1][0])
+    assert not torch.equal(mask, HELD[0].after[-1][0]), "later epochs would have chosen others"
+    assert torch.equal(now(result)[0], mask)

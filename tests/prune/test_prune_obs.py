@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,11 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from espalier.core.context import Context
-from espalier.core.errors import NeedError, UsageError
-from espalier.core.task import classification
+from espalier.core.errors import NeedError, NumericError, UsageError
+from espalier.core.selection import select
+from espalier.core.task import Task, classification
 from espalier.data import standard
 from espalier.prune import NM, OBS, Global, Prune, Weights
-from espalier.prune.obs import as_matrix, columns, damped, eliminate, exact, from_matrix, refit, sparsegpt
+from espalier.prune.obs import as_matrix, columns, damped, eliminate, exact, from_matrix, refit, solvable, sparsegpt
 from espalier.testing import effective
 from espalier.train import Finetune
 
@@ -198,6 +200,75 @@ def test_convolutions_and_what_cannot_be_solved() -> None:
     again = Prune(criterion=OBS(form="sparsegpt"), pattern=NM(n=1, m=2), layers=("3",))(model, Context(task=task))
     weight = effective(again)["3.weight"]
     assert ((weight != 0).sum(1) == 1).all()
+
+
+class Shuffled:
+    """Batches in an order drawn from torch's global generator, as a shuffling loader draws it; notes every pass."""
+
+    def __init__(self, batches: list[tuple[Tensor, Tensor]]) -> None:
+        self.batches, self.passes = batches, list[list[int]]()
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        self.passes.append(torch.randperm(len(self.batches)).tolist())
+        return (self.batches[i] for i in self.passes[-1])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_same_seed_same_weights_whatever_the_caller_has_drawn(trained: nn.Module, form: str) -> None:
+    task, data = classification(DIGITS.train, DIGITS.val), list(DIGITS.train)
+    found = []
+    for seed in (0, 1):
+        loader = Shuffled(data)
+        shuffled = Context(task=Task(train=loader, val=DIGITS.val, loss=task.loss, metric=task.metric))
+        chosen = select(trained, ("*",))
+        method = OBS(form=form, batches=2)
+        masks = [torch.ones(slot.shape, dtype=torch.bool) for slot in chosen]
+        torch.manual_seed(seed)
+        solved = [
+            method.solve(trained, slot, mask, 0.5, None, shuffled) for slot, mask in zip(chosen, masks, strict=True)
+        ]
+        found.append([weight for weight, _ in solved])
+        method.scores(trained, chosen, shuffled)
+        assert len(loader.passes) == 4
+        assert len({tuple(order) for order in loader.passes}) == 1, "every layer sees the same batches"
+        state = torch.get_rng_state()
+        assert torch.equal(state, torch.Generator().manual_seed(seed).get_state()), "the caller's state is put back"
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_layers_come_in_the_order_in_which_the_model_calls_them() -> None:
+    class Backwards(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.last, self.unused, self.first = nn.Linear(4, 3), nn.Linear(9, 9), nn.Linear(5, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.first(input=x))
+
+    model, data = Backwards(), [(torch.rand(20, 5), torch.arange(20) % 3)]
+    context = Context(task=classification(data, data))
+    chosen = select(model, ("*",))
+    assert chosen.names == ("last.weight", "unused.weight", "first.weight")
+    found = OBS().order(model, chosen, context)
+    assert [slot.name for slot in found] == ["first.weight", "last.weight", "unused.weight"]
+    assert set(OBS().scores(model, chosen, context)) == {"first.weight", "last.weight"}, "inputs by keyword count"
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_without_damping_dead_inputs_go_first_and_dependent_ones_are_refused(form: str) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Linear(6, 3), torch.randn(40, 6)
+    x[:, 2] = 0
+    target = torch.arange(40) % 3
+    method = Prune(criterion=OBS(form=form, damping=0.0), sparsity=3 / 18 + 1e-6)
+    found = effective(method(model, Context(task=classification([(x, target)], [(x, target)]))))["weight"]
+    assert not found[:, 2].any()
+    assert torch.allclose(found[:, [0, 1, 3, 4, 5]], model.weight[:, [0, 1, 3, 4, 5]], atol=1e-5)
+    x[:, 2] = x[:, 0] + x[:, 1]
+    with pytest.raises(NumericError, match=r"combinations of others.*damping=0 .*a larger damping"):
+        method(model, Context(task=classification([(x, target)], [(x, target)])))
+    assert not solvable(torch.ones(3, 3).double())
+    assert solvable(damped(torch.ones(3, 3).double(), 0.01))
 
 
 def test_conflicts_and_needs() -> None:

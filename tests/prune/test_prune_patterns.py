@@ -21,19 +21,24 @@ from espalier.core.method import Technique
 from espalier.core.parametrize import slots
 from espalier.core.record import Record
 from espalier.core.selection import Selection
+from espalier.core.task import classification
 from espalier.prune import (
     NM,
     OBS,
     Apart,
     Blocks,
     Criterion,
+    Exponential,
     Global,
     KernelParts,
     Layer,
     Linear,
+    Listed,
+    Percentile,
     Prune,
     Random,
     Row,
+    Schedule,
     Singular,
     Tensors,
     Threshold,
@@ -46,7 +51,7 @@ from espalier.prune.parts import Pattern, Reduction, Scores
 from espalier.prune.singular import without
 from espalier.testing import effective
 
-REDUCTIONS: tuple[Reduction, ...] = ("sum", "mean", "l1", "l2", "abs-sum")
+REDUCTIONS: tuple[Reduction, ...] = ("sum", "mean", "l1", "l2")
 
 
 class Watching(Context):
@@ -79,7 +84,6 @@ def combined(values: np.ndarray[Any, Any], reduction: Reduction) -> float:
         "mean": values.mean(),
         "l1": np.abs(values).sum(),
         "l2": math.sqrt((values**2).sum()),
-        "abs-sum": abs(values.sum()),
     }[reduction]
 
 
@@ -175,6 +179,15 @@ def test_n_of_m_grows_inside_its_groups() -> None:
         assert int(now.sum()) == int(share * 24 + 1e-9)
         before = now
     assert torch.equal(before, lowest(scores, 2, 4))
+
+
+@pytest.mark.parametrize("schedule", [Percentile(), Listed(values=(0.25, 0.5)), Exponential()], ids=lambda s: s.id)
+@pytest.mark.parametrize("epochs", [0, 4])
+def test_n_of_m_ends_at_the_whole_pattern_whatever_the_schedule_ends_at(schedule: Schedule, epochs: int) -> None:
+    torch.manual_seed(0)
+    model, data = nn.Linear(16, 4), [(torch.randn(5, 16), torch.arange(5) % 4)] * 3
+    pruned = Prune(pattern=NM(), schedule=schedule, epochs=epochs)(model, Context(task=classification(data)))
+    assert ((effective(pruned)["weight"].reshape(4, 4, 4) != 0).sum(-1) == 2).all()
 
 
 def test_n_of_m_on_every_layer() -> None:
@@ -304,6 +317,14 @@ def test_a_weight_without_such_groups_is_listed(pattern: Pattern, module: nn.Mod
         ({"regrow": 0.1}, "regrow needs epochs"),
         ({"regrow": 0.1, "pattern": Blocks(), "epochs": 1}, "regrow exchanges single weights"),
         ({"rewind": "weights", "epochs": 1, "schedule": Linear()}, "goes back after every round"),
+        ({"rewind": "weights", "epochs": 4}, "later than epoch 0, and there is none.*schedule=one-shot"),
+        ({"rewind": "lr", "epochs": 4}, "rewind=lr goes back .* and there is none"),
+        ({"rewind": "lr", "schedule": Listed()}, "got epochs=0, schedule=listed"),
+        ({"rewind": "weights", "epochs": 4, "rewind_epoch": 4, "schedule": Listed()}, "never comes.* give 3 at most"),
+        ({"rewind": "weights", "epochs": 6, "rewind_epoch": 4, "schedule": Listed()}, "later than epoch 4"),
+        ({"pattern": NM(), "scope": Layer(floor=0.1)}, "pattern n-m keeps .* floor=0.1 has no say"),
+        ({"criterion": OBS(), "scope": Layer(floor=0.1)}, "criterion obs removes .* floor=0.1 has no say"),
+        ({"pattern": Tensors(), "scope": Global(floor=0.1)}, "pattern tensors removes .* floor=0.1 has no say"),
     ],
 )
 def test_combinations_that_make_no_sense_say_so(fields: dict[str, Any], sentence: str) -> None:

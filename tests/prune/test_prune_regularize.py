@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -38,11 +39,11 @@ from espalier.prune import (
     VariationalDropout,
 )
 from espalier.prune.group_lasso import block_soft_threshold
+from espalier.prune.grouping import group_dims, grouped, ungrouped
 from espalier.prune.growing import unimportant
 from espalier.prune.hard_concrete import gate, open_probability
 from espalier.prune.penalty import soft_threshold, step_sizes
 from espalier.prune.scale import batch_norms
-from espalier.prune.sparsifier import group_dims
 from espalier.share import KMeans
 from espalier.train import SGD, Constant
 
@@ -99,24 +100,146 @@ def test_step_sizes_are_the_optimizers() -> None:
 
 def test_an_input_that_is_always_zero_does_not_decide_for_its_filter() -> None:
     """Its weight has no gradient, so Adam's step for it is boundless."""
-    method, weight = GroupLasso(strength=0.01), torch.ones(2, 4)
-    step = torch.full((2, 4), 0.1)
-    step[:, 0] = 1e6
-    found = method.proximal(weight, step, 0)
-    assert torch.allclose(found, torch.full((2, 4), 1 - 0.01 * 2 * (0.1 / 0.75) / 2))
+    method, weight = GroupLasso(strength=0.01), torch.ones(1, 2, 4)
+    step = torch.full((1, 2, 4), 0.1)
+    step[..., 0] = 1e6
+    found = method.proximal(weight, step)
+    assert torch.allclose(found, torch.full((1, 2, 4), 1 - 0.01 * 2 * (0.1 / 0.75) / 2))
 
 
 @pytest.mark.parametrize(
-    ("of", "dims"), [("weights", ()), ("filters", (1, 2, 3)), ("channels", (0, 2, 3)), ("shapes", (0,))]
+    ("of", "dims"), [("weights", ()), ("filters", (2, 3, 4)), ("channels", (1, 3, 4)), ("shapes", (1,))]
 )
 def test_groups(of, dims: tuple[int, ...]) -> None:
-    assert group_dims(4, of) == dims
+    assert group_dims(5, of) == dims
+
+
+KINDS: dict[str, nn.Module] = {
+    "linear": nn.Linear(6, 4, bias=False),
+    "plain": nn.Conv2d(6, 4, 3, bias=False),
+    "grouped": nn.Conv2d(6, 4, 3, groups=2, bias=False),
+    "transposed": nn.ConvTranspose2d(6, 4, 3, bias=False),
+    "transposed-grouped": nn.ConvTranspose2d(6, 4, 3, groups=2, bias=False),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("of", ["filters", "channels"])
+def test_a_group_is_what_one_output_or_one_input_has(kind: str, of) -> None:
+    """By the layer's own arithmetic: without a group exactly one output, or the reading of one input, is gone."""
+    module = copy.deepcopy(KINDS[kind])
+    (slot,) = slots(module).values()
+    weight = grouped(slot, torch.rand(slot.shape) + 0.5)
+    assert torch.equal(grouped(slot, ungrouped(slot, weight)), weight)
+    dims = group_dims(weight.ndim, of)
+    index = torch.arange(weight.sum(dims).numel()).reshape(weight.sum(dims, keepdim=True).shape).expand_as(weight)
+    assert index.max() + 1 == (4 if of == "filters" else 6)
+    one, shape = torch.eye(6), (6, 6) if kind == "linear" else (6, 6, 1, 1)
+    spread = one.reshape(shape) * torch.ones(*shape[:2], *([5, 5] if kind != "linear" else []))
+    for number in range(int(index.max()) + 1):
+        with torch.no_grad():
+            slot.latent.copy_(ungrouped(slot, weight * (index != number)))
+            reads = module(spread).flatten(2).sum(2) if kind != "linear" else module(spread)  # (input, output)
+        whole = reads != 0
+        with torch.no_grad():
+            slot.latent.copy_(ungrouped(slot, weight))
+            all_of_it = (module(spread).flatten(2).sum(2) if kind != "linear" else module(spread)) != 0
+        lost = (all_of_it & ~whole).nonzero()
+        assert len(lost)
+        assert len(set(lost[:, 1 if of == "filters" else 0].tolist())) == 1
+        assert not whole[:, lost[0, 1]].any() if of == "filters" else not whole[lost[0, 0]].any()
+
+
+def test_no_penalty_reaches_across_the_groups_of_a_convolution() -> None:
+    """Of the first half of a grouped convolution's inputs nothing is worth keeping, of the second half everything."""
+    weight = torch.cat([torch.full((1, 2, 3, 3, 3), 1e-3), torch.ones(1, 2, 3, 3, 3)])
+    found = GroupLasso(strength=0.1, of="channels").proximal(weight, 0.1)
+    assert not found[0].any()
+    assert found[1].all()
+    assert unimportant(weight, 0.5, group_dims(5, "channels"))[0].all()
+    assert not unimportant(weight, 0.5, group_dims(5, "channels"))[1].any()
+
+
+def still(model: nn.Module, x: Tensor) -> Task:
+    """A task that pulls at nothing."""
+    return Task(train=[(x,)] * 10, loss=lambda out, *_: out.sum() * 0, predict=lambda m, b: m(b[0]))
+
+
+@pytest.mark.parametrize("penalty", [GroupLasso(of="channels"), HardConcrete(of="channels"), Growing(of="filters")])
+def test_what_has_no_such_groups_is_listed(penalty) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.depth = nn.Embedding(7, 4), nn.Conv2d(4, 4, 3, groups=4, bias=False)
+            self.last = nn.Conv2d(4, 2, 1, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.last(self.depth(self.words(x).movedim(-1, 1)))
+            return out
+
+    context, x = Context(), torch.randint(0, 7, (2, 5, 5))
+    context.task = still(Net(), x)
+    model = Net()
+    before = {name: slot.value().clone() for name, slot in slots(model).items()}
+    result = slots(Regularize(penalty=penalty, epochs=1, optimizer=SGD(weight_decay=0)).transform(model, context))
+    listed = {row["name"]: row["reason"] for row in context.record.skipped}
+    assert "looked up" in listed["words.weight"]
+    assert torch.equal(result["words.weight"].value(), before["words.weight"])
+    if penalty.groups == "channels":
+        assert "reads one input" in listed["depth.weight"]
+        assert torch.equal(result["depth.weight"].value(), before["depth.weight"])
+
+
+@pytest.mark.parametrize(
+    "penalty",
+    [L1(strength=1e3), *(GroupLasso(strength=1e3, of=of) for of in ("filters", "channels", "shapes")),
+     *(HardConcrete(strength=10.0, speed=1e3, of=of) for of in ("weights", "filters", "channels")),
+     Slimming(strength=1e3)],
+    ids=lambda p: f"{p.id}-{p.groups}",
+)  # fmt: skip
+def test_a_layer_never_vanishes(penalty) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 3, groups=3, bias=False), nn.BatchNorm2d(6), nn.ConvTranspose2d(6, 4, 3, groups=2, bias=False),
+        nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1, bias=False), nn.BatchNorm2d(4),
+    )  # fmt: skip
+    method = Regularize(penalty=penalty, epochs=2, layers=("type:Conv2d", "type:ConvTranspose2d"))
+    result = slots(method(model, Context(task=still(model, torch.randn(2, 3, 6, 6)))))
+    for name in ("0.weight", "2.weight", "4.weight"):
+        if name == "0.weight" and penalty.groups == "channels":
+            continue  # each of its groups reads one input
+        slot = result[name]
+        weight = grouped(slot, slot.value())
+        left = (
+            (weight != 0).float().sum(group_dims(weight.ndim, penalty.groups))
+            if penalty.groups != "weights"
+            else weight
+        )
+        if not isinstance(penalty, Slimming):
+            assert int((left != 0).sum()) == 1, name
+        else:
+            assert int((weight != 0).flatten(2).any(2).sum()) == 1
+            assert int((result[f"{int(name[0]) + 1}.weight"].value() != 0).sum()) == 1
+
+
+@pytest.mark.parametrize("until", [0.3, 0.5, 1.0])
+def test_growing_ends_at_its_ceiling(until: float) -> None:
+    """Nothing else pulls, so what is left is the product of the shrinkages: the last of them is the ceiling's."""
+    model, lr, ceiling = nn.Linear(4, 3, bias=False), 0.1, 2.0
+    context = Context(task=still(model, torch.randn(2, 4)))
+    Regularize(
+        penalty=Growing(ceiling=ceiling), epochs=2, until=until, lr=lr, lr_schedule=Constant(),
+        optimizer=SGD(momentum=0.0, weight_decay=0.0),
+    ).transform(model, context)  # fmt: skip
+    steps = round(until * 20)
+    left = math.prod(1 / (1 + lr * ceiling * step / steps) for step in range(1, steps + 1))
+    assert context.record.details["norm left of what was removed"]["weight"] == pytest.approx(left, rel=1e-5)
 
 
 def test_group_lasso_weighs_groups_by_the_root_of_their_size() -> None:
-    weight = torch.randn(3, 4, 2, 2).double()
-    found = GroupLasso(strength=0.1).proximal(weight, 0.5, 0)
-    for before, after in zip(weight, found, strict=True):
+    weight = torch.randn(1, 3, 4, 2, 2).double()
+    found = GroupLasso(strength=0.1).proximal(weight, 0.5)
+    for before, after in zip(weight[0], found[0], strict=True):
         assert torch.allclose(after, before * max(0.0, 1 - 0.5 * 0.1 * 4 / float(before.norm())))
 
 

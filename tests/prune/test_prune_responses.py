@@ -13,6 +13,7 @@ from espalier.core.context import Context
 from espalier.core.errors import DataError, ModelError, NumericError
 from espalier.core.selection import select
 from espalier.core.task import Task
+from espalier.prune import MeanWeight, Scale
 from espalier.prune.gradients import Against, samples
 from espalier.prune.responses import averages, stream, unit_rows
 from espalier.testing import EXAMPLES, fingerprint
@@ -147,6 +148,25 @@ def test_rows_of_a_transposed_convolution_are_its_outputs() -> None:
     rows = unit_rows(next(iter(select(model, ("*",)))))
     assert rows.shape == (6, 8)
     assert torch.equal(rows[4], model.weight[2:, 1].reshape(-1)), "output 4 is the second of group 1"
+
+
+def test_the_rows_of_an_embedding_are_no_units_to_the_mean_weight() -> None:
+    words = torch.tensor([[0, 2], [3, 1]])
+    model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 3))
+    for side in ("in", "out", "both"):
+        context = Context(task=Task(train=[(words,)]))
+        found = [MeanWeight(side=side).scores(model, select(model, ("*",)), context) for _ in range(2)]
+        assert all("0.weight" not in scores for scores in found)
+        assert [e["name"] for e in context.record.skipped if "looked up" in e["reason"]] == ["0.weight"], "said once"
+
+
+def test_the_scale_of_a_batch_norm_says_once_what_it_skips() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 3), nn.BatchNorm1d(3, affine=False))
+    model.append(nn.Linear(3, 2))
+    context = Context(task=Task(train=[(torch.rand(6, 4),)]))
+    for _ in range(3):
+        assert list(Scale().scores(model, select(model, ("*",)), context)) == ["0.weight"]
+    assert [entry["name"] for entry in context.record.skipped] == ["2.weight", "4.weight"]
 
 
 def test_errors_say_what_to_do() -> None:

@@ -9,12 +9,13 @@ from torch.nn import functional as F
 
 from espalier.core.context import Context
 from espalier.core.errors import NeedError
+from espalier.core.forms import Shared
 from espalier.core.parametrize import slots
 from espalier.core.selection import select
 from espalier.core.task import Task
 from espalier.data import standard
 from espalier.prune import Magnitude, Prune, Sensitivity, Units
-from espalier.prune.sensitivity import contribution
+from espalier.prune.sensitivity import contribution, gone
 from espalier.testing import effective
 from espalier.train import Finetune
 
@@ -39,16 +40,16 @@ def test_by_hand_on_two_layers(form: str, against: str) -> None:
         up = (F.softmax(out, 1) - F.one_hot(y, 3)) / 8 if against == "loss" else out / 8  # dL / d out
         grads = [((up @ last) * (hidden > 0)).T @ x, up.T @ hidden]
         for total, grad, weight in zip(expected, grads, (first, last), strict=True):
-            total += (grad.abs() if form == "gradient" else grad * weight).detach() / 2
+            total += (grad.abs() if form == "gradient" else (grad * weight) ** 2).detach() / 2
     method = Sensitivity(form=form, against=against, batches=2)
     found = method.scores(model, select(model, ("*",)), context)
     for score, value in zip(found.values(), expected, strict=True):
         assert torch.allclose(score, value, atol=1e-14)
     assert method.needs == ({"train", "labels"} if against == "loss" else {"train"})
-    assert method.reduction == ("sum" if form == "gradient" else "abs-sum")
+    assert method.reduction == "sum"
 
 
-def test_frozen_and_masked_weights_are_scored_as_any() -> None:
+def test_frozen_weights_are_scored_as_any_and_masked_ones_with_0() -> None:
     model, context, _ = problem()
     want = Sensitivity().scores(model, select(model, ("*",)), context)
     model.requires_grad_(requires_grad=False)
@@ -62,14 +63,29 @@ def test_frozen_and_masked_weights_are_scored_as_any() -> None:
     expected = Sensitivity(form="gradient").scores(plain, select(plain, ("*",)), context)
     for name, slot in slots(masked).items():
         if name in found:
-            assert torch.allclose(found[name], expected[name]), "at pruned positions too"
-            assert bool((slot.value() == 0).any())
+            assert bool(expected[name][slot.value() == 0].any()), "a gradient reaches what is gone"
+            assert torch.allclose(found[name], expected[name].masked_fill(slot.value() == 0, 0))
+            assert torch.equal(gone(slot.form), slot.value() == 0)
+    codes = Shared(torch.tensor([[0, 1], [2, 0]]), torch.ones(2), zero=True)
+    assert gone(codes).tolist() == [[True, False], [False, True]]
+    assert gone(Shared(codes.index, torch.ones(3), zero=False)) is gone(None) is None
+
+
+def test_batches_that_pull_apart_do_not_cancel() -> None:
+    """At a minimum the gradients of the batches sum to nothing; the loss depends on the weight all the same."""
+    model = nn.Linear(1, 1, bias=False)
+    data = [(torch.ones(4, 1), torch.full((4, 1), y)) for y in (0.0, 2.0)]
+    context = Context(task=Task(train=data, val=data, loss=F.mse_loss))
+    nn.init.ones_(model.weight)
+    assert Sensitivity().scores(model, select(model, ("*",)), context)["weight"].item() == 4
+    assert Sensitivity(form="gradient").scores(model, select(model, ("*",)), context)["weight"].item() == 2
 
 
 def test_kernel() -> None:
     g, w = torch.tensor([2.0, -3.0]), torch.tensor([-1.0, -1.0])
     assert contribution(g, w, "gradient").tolist() == [2, 3]
-    assert contribution(g, w, "taylor").tolist() == [-2, 3]
+    assert contribution(g, w, "taylor").tolist() == [4, 9]
+    assert contribution(torch.full((1,), 1e-3).half(), torch.full((1,), 1e-2).half(), "taylor").item() > 0
 
 
 def test_needs_are_named_before_any_work() -> None:

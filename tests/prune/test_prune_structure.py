@@ -10,7 +10,8 @@ from tests.train.conftest import StoredContext
 from torch import Tensor, nn
 
 from espalier.core.context import Context
-from espalier.core.errors import ModelError
+from espalier.core.errors import ModelError, NumericError
+from espalier.core.model import copy_model
 from espalier.core.task import Task, classification
 from espalier.graph.channels.surgery import groups_of
 from espalier.prune import (
@@ -24,10 +25,12 @@ from espalier.prune import (
     Movement,
     Percentile,
     Prune,
+    Random,
     Saliency,
     Scale,
 )
-from espalier.prune.structure import transposed_weights, unit_scores
+from espalier.prune.analysis import analyse
+from espalier.prune.structure import Removal, transposed_weights, unit_scores
 from espalier.train import EarlyStopping
 
 
@@ -142,3 +145,73 @@ def test_a_killed_training_goes_on_to_the_same_weights(step: Prune) -> None:
         resumed = step(cnn(), StoredContext(task=task(), stores=context.stores))
         for (name, one), other in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
             assert torch.equal(one, other), name
+
+
+def test_folding_the_mean_makes_constant_units_free() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 5, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 4),
+    )  # fmt: skip
+    with torch.no_grad():
+        for layer, constant in ((0, 3), (6, 4)):
+            model[layer].weight[:constant] = 0.0  # those units say their bias, whatever comes in
+            model[layer].bias[:constant] = 1.5
+    data, step = task(), Prune(pattern=Channels(fold=True), sparsity=0.5, layers=("0.weight", "6.weight"))
+    context = Context(task=data)
+    folded = step.transform(copy_model(model), context)
+    plain = step.replace(pattern=Channels())(model, Context(task=data))
+    x = next(iter(data.data("val")))[0]
+    assert widths(folded) == [3, 5, 4]
+    assert torch.allclose(folded(x), model(x), atol=1e-5)
+    assert not torch.allclose(plain(x), model(x), atol=1e-2)
+    assert context.record.details["folded"] == ["2.bias", "8.bias"]
+
+
+def test_a_multiple_is_kept_or_the_group_stays_whole() -> None:
+    for multiple, expected in ((4, [4, 8]), (8, [8, 8]), (16, [8, 12])):
+        step = Prune(pattern=Channels(multiple=multiple), sparsity=0.4)
+        assert widths(step(cnn(), Context(task=task()))) == expected
+
+
+def test_what_may_stay_is_never_exceeded() -> None:
+    model = cnn()
+    count = sum(p.numel() for p in model.parameters())
+    for sparsity in (0.2, 0.35, 0.5, 0.7):
+        smaller = Prune(pattern=Channels(measure="parameters"), sparsity=sparsity)(model, Context(task=task()))
+        left = sum(p.numel() for p in smaller.parameters())
+        assert (1 - sparsity - 0.08) * count < left <= (1 - sparsity) * count
+
+
+def test_infinite_weights_are_not_ranked() -> None:
+    model = cnn()
+    model[3].weight.data[0, 0, 0, 0] = torch.inf
+    with pytest.raises(NumericError, match=r"infinity for 3\.weight"):
+        Prune(pattern=Channels())(model, Context(task=task()))
+
+
+def test_without_training_data_the_statistics_stay_and_that_is_said() -> None:
+    context = Context(task=Task(val=task().val))
+    Prune(pattern=Channels()).transform(cnn(), context)
+    assert any("no training data" in note for note in context.record.notes)
+
+
+def test_a_kept_analysis_belongs_to_one_model_and_one_way_to_score() -> None:
+    context = StoredContext(task=task())
+    model, store = cnn(), context.epochs("sensitivity")
+    step = Prune(pattern=Channels())
+
+    def values(method: Prune, network: nn.Module) -> Any:
+        return analyse(Removal.of(method, method.pattern, network, context), store=store)["groups"]  # type: ignore[arg-type]
+
+    values(step, model)
+    number, tensors, kept = store.load() or (0, {}, {})
+    kept["rows"][0]["values"] = ["kept"]
+    store.save(number, tensors, kept)
+    assert values(step, model)[0]["values"] == ["kept"]
+    for other in (step.replace(criterion=Random()), step.replace(pattern=Channels(normalise=False))):
+        store.save(number, tensors, kept)
+        assert values(other, model)[0]["values"] != ["kept"]
+    store.save(number, tensors, kept)
+    model[7].weight.data.mul_(-1)
+    assert values(step, model)[0]["values"] != ["kept"]

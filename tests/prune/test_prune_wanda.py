@@ -12,8 +12,8 @@ from espalier.core.context import Context
 from espalier.core.selection import select
 from espalier.core.task import Task
 from espalier.data import standard
-from espalier.prune import Magnitude, Prune, Row, Wanda
-from espalier.prune.wanda import input_squares, wanda
+from espalier.prune import Global, Magnitude, Prune, Row, Wanda
+from espalier.prune.wanda import input_squares, typical, wanda
 from espalier.testing import EXAMPLES, effective
 from espalier.train import Finetune
 
@@ -82,9 +82,35 @@ def test_unseen_inputs_rank_by_magnitude_and_that_is_said(name: str) -> None:
     example = next(e for e in EXAMPLES if e.name == name)
     model, context = example.build(), Context(task=example.task())
     found = Wanda().scores(model, select(model, ("*",)), context)
-    for name in (entry["name"] for entry in context.record.skipped):
-        assert torch.equal(found[name], effective(model)[name].abs())
-    assert len(context.record.skipped) == 2
+    unseen = [entry["name"] for entry in context.record.skipped]
+    assert len(unseen) == 2
+    weights = effective(model)
+    seen = [(found[name] / weights[name].abs()).double().square().mean() for name in found if name not in unseen]
+    norm = torch.stack(seen).mean().sqrt().to(found[unseen[0]].dtype)
+    for name in unseen:
+        assert torch.allclose(found[name], weights[name].abs() * norm), "as if its inputs were average ones"
+
+
+def test_unseen_inputs_do_not_go_first_under_scope_global() -> None:
+    """Weights of one size behind inputs of one size: what a hook cannot see is worth as much as what it can."""
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen, self.hidden = nn.Linear(6, 6, bias=False), nn.Parameter(torch.empty(6, 6))
+            for weight in self.parameters():
+                nn.init.uniform_(weight, -1, 1, generator=torch.Generator().manual_seed(weight.ndim))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.seen(x) + x @ self.hidden
+
+    x = torch.randn(400, 6, generator=torch.Generator().manual_seed(0))
+    data = [(x, torch.arange(400) % 6)]
+    pruned = effective(Prune(criterion=Wanda(), scope=Global(), sparsity=0.5)(Twice(), Context(task=Task(train=data))))
+    gone = {name: float((weight == 0).double().mean()) for name, weight in pruned.items()}
+    assert all(0.4 < share < 0.6 for share in gone.values()), gone
+    assert typical([torch.tensor([1.0, 3.0]), torch.tensor([[6.0]])]) == 4
+    assert typical([]) == typical([torch.zeros(3)]) == 1
 
 
 def test_scale_of_the_inputs_does_not_change_the_ranking_and_scale_of_one_does() -> None:

@@ -21,6 +21,7 @@ from espalier.prune.heads import Heads
 from espalier.prune.hrank import HRank
 from espalier.prune.isomorphic import Isomorphic
 from espalier.prune.kernel_parts import KernelParts
+from espalier.prune.kernel_patterns import KernelPatterns
 from espalier.prune.l1 import L1
 from espalier.prune.lamp import Lamp
 from espalier.prune.layers import Layers
@@ -65,7 +66,7 @@ METHODS = register(
         *(Magnitude, Threshold, Random, OBS),
         *(Sensitivity, OptimalBrainDamage, Wanda, Lamp, Momentum),
         *(GeometricMedian, MeanWeight, Saliency, ActivationMean, AveragePercentageOfZeros, Entropy, HRank),
-        *(Weights, NM, Blocks, KernelParts, Units, Tensors, Singular),
+        *(Weights, NM, Blocks, KernelParts, KernelPatterns, Units, Tensors, Singular),
         *(Channels, Heads, Layers, Activations),
         *(Layer, Row, Global, Apart, Isomorphic),
         *(OneShot, Linear, Cubic, Exponential, Percentile, Listed),
@@ -106,6 +107,7 @@ __all__ = [
     "Heads",
     "Isomorphic",
     "KernelParts",
+    "KernelPatterns",
     "Lamp",
     "Layer",
     "Layers",

@@ -9,6 +9,7 @@ Departs  A group is all layers that share the units, with one score per unit; no
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,8 @@ from torch import Tensor
 
 from espalier.core.context import EpochStore
 from espalier.core.errors import UsageError
+from espalier.core.model import digest
+from espalier.core.recipe import step_to_data
 from espalier.core.task import Split
 from espalier.prune.structure import Removal
 
@@ -50,7 +53,8 @@ def analyse(
     head: dict[str, Any] = {
         "metric": metric.name, "unit": metric.unit, "higher_is_better": metric.higher_is_better, "split": split,
         "full": full.value, "stderr": full.stderr, "levels": list(levels), "criterion": removal.method.criterion.id,
-        "units": {group.name: group.size for group in groups},
+        "units": {group.name: group.size for group in groups}, "model": digest(removal.model),
+        "method": json.loads(json.dumps(step_to_data(removal.method))),
     }  # fmt: skip
     kept = store.load() if store is not None else None
     rows: list[dict[str, Any]] = kept[2]["rows"] if kept is not None and kept[2]["head"] == head else []

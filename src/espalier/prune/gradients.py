@@ -22,6 +22,7 @@ from espalier.core.metric import first_tensor
 from espalier.core.model import device_of, evaluating
 from espalier.core.selection import Selection
 from espalier.core.task import to_device
+from espalier.prune.connections import normalising
 
 Against = Literal["loss", "output", "top"]
 """The scalar that is differentiated: the task's loss, half the squared norm of the output, or the largest logit."""
@@ -56,11 +57,16 @@ def batches(model: nn.Module, context: Context, count: int, label: str) -> Itera
 
 
 @contextmanager
-def looking(model: nn.Module, context: Context, *, grad: bool = True) -> Iterator[None]:
-    """Eval mode, the same batches every time, and kernels that can be differentiated twice; all is put back."""
+def looking(model: nn.Module, context: Context, *, grad: bool = True, batch_statistics: bool = False) -> Iterator[None]:
+    """Eval mode, the same batches every time, and kernels that can be differentiated twice; all is put back.
+
+    ``batch_statistics``: batch norms use those of the batch, as in training; theirs are put back as well.
+    """
     with ExitStack() as stack:
         stack.enter_context(context.forked("batches"))
         stack.enter_context(evaluating(model))
+        if batch_statistics:  # after the eval mode, which would undo it
+            stack.enter_context(normalising(model))
         if grad:
             stack.enter_context(torch.enable_grad())
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # the fused kernels have no second derivative
@@ -109,15 +115,17 @@ def each_gradient(
     fn: Callable[[str, Tensor, Tensor], None],
     label: str,
     split: Callable[[Any], Iterator[Any]] = lambda batch: iter((batch,)),
+    batch_statistics: bool = False,
 ) -> int:
     """``fn(name, gradient, effective weight)`` for every batch (or part of one, see ``split``); returns how many.
 
-    Raises ModelError where the scalar does not depend on any weight, NumericError where a gradient is not finite.
+    ``batch_statistics``: as in :func:`looking`. Raises ModelError where the scalar does not depend on any weight,
+    NumericError where a gradient is not finite.
     """
     done = 0
     if not selection.count:
         return done
-    with looking(model, context), leaves(selection) as weights:
+    with looking(model, context, batch_statistics=batch_statistics), leaves(selection) as weights:
         for batch in batches(model, context, count, label):
             for part in split(batch):
                 value = scalar(context.data.predict(model, part), part, context, against)

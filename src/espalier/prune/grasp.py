@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from espalier.core.context import Context
 from espalier.core.fields import Batches
 from espalier.core.selection import Selection
-from espalier.prune.connections import Connections, lowest_removed, normalising
+from espalier.prune.connections import Connections, lowest_removed
 from espalier.prune.gradients import (
     batches,
     connected,
@@ -62,17 +62,17 @@ class Grasp(Connections):
             gradient[name] = gradient[name] + grad if name in gradient else grad.clone()
 
         total: dict[str, Tensor] = {}
-        with normalising(model):
-            count = each_gradient(
-                model, selection, context, against="loss", count=self.batches, fn=add, label="gradients"
-            )
-            with looking(model, context), leaves(selection) as weights:
-                for batch in batches(model, context, self.batches, "Hessian products"):
-                    value = scalar(context.data.predict(model, batch), batch, context, "loss")
-                    connected(value)
-                    grads = derivative(value, list(weights.values()), create_graph=True)
-                    against = [(grad * gradient[name] / count).sum() for name, grad in zip(weights, grads, strict=True)]
-                    found = derivative(torch.stack(against).sum(), list(weights.values()))
-                    for name, product in zip(weights, found, strict=True):
-                        total[name] = total.get(name, 0) + finite(name, product) / count
+        count = each_gradient(
+            model, selection, context, against="loss", count=self.batches, fn=add, label="gradients",
+            batch_statistics=True,
+        )  # fmt: skip
+        with looking(model, context, batch_statistics=True), leaves(selection) as weights:
+            for batch in batches(model, context, self.batches, "Hessian products"):
+                value = scalar(context.data.predict(model, batch), batch, context, "loss")
+                connected(value)
+                grads = derivative(value, list(weights.values()), create_graph=True)
+                against = [(grad * gradient[name] / count).sum() for name, grad in zip(weights, grads, strict=True)]
+                found = derivative(torch.stack(against).sum(), list(weights.values()))
+                for name, product in zip(weights, found, strict=True):
+                    total[name] = total.get(name, 0) + finite(name, product) / count
         return total

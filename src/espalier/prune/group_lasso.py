@@ -5,7 +5,9 @@ Paper    Wen, Wu, Wang, Chen, Li. Learning Structured Sparsity in Deep Neural Ne
 Formula  L + strength * sum_g sqrt(n_g) |w_g|_2:   w_g <- w_g max(1 - step * strength * sqrt(n_g) / |w_g|_2, 0)
 Departs  The paper adds the subgradient to the loss and thresholds at the end. One kind of group at a time; the paper's
          depth-wise groups are whole layers and need a shortcut. step is the harmonic mean of the optimizer's over the
-         group. Adam's steps are longest where gradients are small; SGD keeps more accuracy at one sparsity.
+         group. Adam's steps are longest where gradients are small; SGD keeps more accuracy at one sparsity. A group
+         never reaches across the groups of a convolution; depthwise layers have no channels to lose, embeddings no
+         units. The largest group of a layer stays where all others are zero.
 """
 
 from __future__ import annotations
@@ -16,8 +18,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from espalier.prune.grouping import Groups, group_dims
 from espalier.prune.penalty import ProximalPenalty
-from espalier.prune.sparsifier import group_dims
 
 
 def block_soft_threshold(weight: Tensor, threshold: Tensor | float, dims: tuple[int, ...]) -> Tensor:
@@ -31,17 +33,17 @@ def block_soft_threshold(weight: Tensor, threshold: Tensor | float, dims: tuple[
 
 @dataclass(frozen=True, kw_only=True)
 class GroupLasso(ProximalPenalty):
-    """``of``: outputs (``filters``), inputs (``channels``) or positions across all outputs (``shapes``)."""
+    """``of``: outputs (``filters``), inputs (``channels``) or positions across the outputs (``shapes``)."""
 
     id: ClassVar[str] = "group-lasso"
     of: Literal["filters", "channels", "shapes"] = "filters"
 
     @property
-    def outputs(self) -> bool:
-        return self.of == "filters"
+    def groups(self) -> Groups:
+        return self.of
 
-    def proximal(self, weight: Tensor, step: Tensor | float, out: int) -> Tensor:
-        dims = group_dims(weight.ndim, self.of, out)
+    def proximal(self, weight: Tensor, step: Tensor | float) -> Tensor:
+        dims = group_dims(weight.ndim, self.of)
         size = weight.numel() / max(weight.square().sum(dims).numel(), 1)
         if isinstance(step, Tensor):
             step = 1 / (1 / step).mean(dims, keepdim=True)

@@ -7,7 +7,8 @@ Formula  s = sigmoid((log u - log(1-u) + log_alpha) / beta),   z = clip(s (zeta 
          at the end z = clip(sigmoid(log_alpha) (zeta - gamma) + gamma, 0, 1)
 Departs  Gates start open (the paper's may start at any rate), for weights that are trained already; log_alpha is stored
          divided by speed, so that it can move faster than a weight at one learning rate. One gate multiplies a weight
-         for the whole batch, not per sample.
+         for the whole batch, not per sample. A group never reaches across the groups of a convolution; depthwise layers
+         have no channels to lose, embeddings no units. Where all gates of a layer are shut at the end, the best opens.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ from espalier.core.context import Context
 from espalier.core.fields import Penalty, Positive
 from espalier.core.parametrize import Slot
 from espalier.core.selection import Selection
+from espalier.prune.grouping import Groups, best, group_dims, grouped, ungrouped
 from espalier.prune.penalty import SparsityPenalty
-from espalier.prune.sparsifier import Noisy, Sparsifier, Transient, group_dims, outputs_along
+from espalier.prune.sparsifier import Noisy, Sparsifier, Transient
 
 BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
 OPEN = 3.0
@@ -44,16 +46,16 @@ def open_probability(log_alpha: Tensor) -> Tensor:
 
 
 class Gated(Transient):
-    """``theta * speed`` is log_alpha, of the weight's shape with size 1 inside a group."""
+    """``theta * speed`` is log_alpha, shape ``(groups, outputs, inputs, *kernel)`` with size 1 inside what goes."""
 
     kind = "hard-concrete"
     kept: Tensor
     fixed: Tensor
     settled: Tensor
 
-    def __init__(self, kept: Tensor, log_alpha: Tensor, speed: float) -> None:
+    def __init__(self, slot: Slot, kept: Tensor, log_alpha: Tensor, speed: float) -> None:
         super().__init__()
-        self.speed = speed
+        self.slot, self.speed = slot, speed
         self.theta = nn.Parameter(log_alpha / speed)
         self.register_buffer("kept", kept)
         self.register_buffer("fixed", torch.ones_like(log_alpha))
@@ -65,7 +67,8 @@ class Gated(Transient):
         else:
             log_alpha = self.theta * self.speed
             z = gate(log_alpha, self.uniform(log_alpha) if self.training else None)
-        return torch.where(self.kept, latent, latent.new_zeros(())) * z.to(latent.dtype)
+        spread = ungrouped(self.slot, z.to(latent.dtype).expand(grouped(self.slot, self.kept).shape))
+        return torch.where(self.kept, latent, latent.new_zeros(())) * spread
 
     def expected(self) -> Tensor:
         """Expected number of weights whose gate is open."""
@@ -73,7 +76,11 @@ class Gated(Transient):
         return members * open_probability(self.theta * self.speed).sum()
 
     def settle(self, latent: Tensor) -> None:
-        self.fixed.copy_(gate(self.theta * self.speed))
+        there = grouped(self.slot, self.kept & (latent != 0)).float().sum_to_size(self.theta.shape) > 0
+        z = gate(self.theta * self.speed)
+        if not bool((z * there).any()) and bool(there.any()):  # a layer never vanishes
+            z = best(self.theta.masked_fill(~there, -torch.inf)).to(z.dtype)
+        self.fixed.copy_(z)
         self.settled.fill_(value=True)
 
 
@@ -87,8 +94,8 @@ class HardConcrete(SparsityPenalty):
     speed: Positive = 20.0
 
     @property
-    def outputs(self) -> bool:
-        return self.of == "filters"
+    def groups(self) -> Groups:
+        return self.of
 
     def start(self, model: nn.Module, selection: Selection, context: Context) -> Sparsifier:
         return _Gates(self, selection, context)
@@ -100,10 +107,11 @@ class _Gates(Noisy):
         super().__init__(selection)
 
     def form(self, slot: Slot, value: Tensor, kept: Tensor) -> Transient:
-        dims = group_dims(value.ndim, self.penalty.of, outputs_along(slot))
-        shape = [1 if dim in dims else size for dim, size in enumerate(value.shape)]
+        whole = grouped(slot, value).shape
+        dims = group_dims(len(whole), self.penalty.groups)
+        shape = [1 if dim in dims else size for dim, size in enumerate(whole)]
         jitter = torch.randn(shape, generator=self.context.generator(slot.name)) * 0.01
-        return Gated(kept, (OPEN + jitter).to(value.device), self.penalty.speed)
+        return Gated(slot, kept, (OPEN + jitter).to(value.device), self.penalty.speed)
 
     def loss(self, loop: Loop, batch: Any, output: Any, loss: Tensor) -> Tensor:
         costs = [form.expected() for _, form in self.forms()]

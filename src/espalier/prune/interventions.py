@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -17,7 +17,7 @@ from espalier.graph.channels import ChannelGroups, Group
 from espalier.graph.channels.flow import all_labels
 from espalier.graph.channels.reference import STATISTICS, SUMS, run_node
 from espalier.graph.channels.rewrite import Gone
-from espalier.graph.graph import Value, Weight, references
+from espalier.graph.graph import Value, Weight, leaves, references
 from espalier.graph.trees import fill
 
 Units = NDArray[np.bool_]
@@ -27,15 +27,28 @@ Units = NDArray[np.bool_]
 class Interventions:
     """The graph of a model on fixed data, chunk by chunk. ``count``: interventions so far (each sees all the data).
 
-    ``tensors``: every tensor of the graph by name; ``chunks``: inputs in the graph's order.
+    ``tensors``: every tensor of the graph by name; ``chunks``: inputs in the graph's order; ``limit``: how many bytes
+    of what earlier nodes gave are held. Chunks beyond it run from the start each time, one after the other.
     """
 
     found: ChannelGroups
     tensors: Mapping[str, Tensor]
     chunks: Sequence[Sequence[Tensor]]
     count: int = 0
-    start: int = 0
-    held: list[dict[int, Any]] = field(default_factory=list)
+    limit: int = 2**31
+    held: list[tuple[int, dict[int, Any]]] = field(default_factory=list)
+    last: dict[int, int] = field(init=False)  # value -> its last reader; the number of nodes for the graph's output
+
+    def __post_init__(self) -> None:
+        graph = self.found.graph
+        self.last = {
+            arg.index: number
+            for number, node in enumerate(graph.nodes)
+            for arg in references(node)
+            if isinstance(arg, Value)
+        }
+        shown = {leaf.index for leaf in leaves(graph.output) if isinstance(leaf, Value)}
+        self.last |= dict.fromkeys(shown, len(graph.nodes))
 
     def first_reader(self, group: Group) -> int:
         """The first node that sums over, or takes statistics of, the group's channels."""
@@ -50,36 +63,46 @@ class Interventions:
 
     def hold(self, start: int, gone: Gone) -> None:
         """Keep what the nodes from ``start`` on read; earlier nodes run once, with ``gone`` cut out."""
-        graph = self.found.graph
-        offset = len(graph.inputs)
-        later = {arg.index for node in graph.nodes[start:] for arg in references(node) if isinstance(arg, Value)}
-        fill(graph.output, lambda leaf: later.add(leaf.index) if isinstance(leaf, Value) else None)
-        self.start, self.held = start, []
+        self.held, used = [], 0
         for chunk in self.chunks:
-            values = self._run(dict(enumerate(chunk)), 0, start, gone)
-            self.held.append(
-                {index: value for index, value in values.items() if index < offset + start and index in later}
-            )
+            inputs = dict(enumerate(chunk))
+            if used <= self.limit:
+                values = self._run(dict(inputs), 0, start, gone)
+                values = {index: value for index, value in values.items() if self.last.get(index, -1) >= start}
+                used += sum(_bytes(value) for index, value in values.items() if index not in inputs)
+            self.held.append((start, values) if used <= self.limit else (0, inputs))
 
-    def outputs(self, gone: Gone) -> Tensor:
-        """The model's first output tensor on all the data with ``gone`` cut out; one intervention."""
+    def each(self, gone: Gone) -> Iterator[Tensor]:
+        """The model's first output tensor with ``gone`` cut out, chunk by chunk; all chunks are one intervention."""
         self.count += 1
         graph = self.found.graph
-        found = []
-        for held in self.held:
-            values = self._run(dict(held), self.start, len(graph.nodes), gone)
-            tree = fill(graph.output, partial(self._leaf, values))
-            found.append(first_tensor(tree))
-        return torch.cat(found)
+        for start, held in self.held:
+            values = self._run(dict(held), start, len(graph.nodes), gone)
+            yield first_tensor(fill(graph.output, partial(self._leaf, values)))
+
+    def outputs(self, gone: Gone) -> Tensor:
+        """What :meth:`each` gives, as one tensor."""
+        return torch.cat(list(self.each(gone)))
 
     def _leaf(self, values: Mapping[int, Any], leaf: Value | Weight) -> Any:
         return values[leaf.index] if isinstance(leaf, Value) else self.tensors[leaf.name]
 
     def _run(self, values: dict[int, Any], first: int, end: int, gone: Gone) -> dict[int, Any]:
+        """``values`` after the nodes from ``first`` to ``end``, without those that no later node reads."""
         flow = self.found.flow
         offset = len(flow.graph.inputs)
         device = next((x.device for chunk in self.chunks for x in chunk), torch.device("cpu"))
         with torch.no_grad():
             for number in range(first, end):
                 values[offset + number] = run_node(flow, number, values, self.tensors, gone, device)
+                read = [arg.index for arg in references(flow.graph.nodes[number]) if isinstance(arg, Value)]
+                for index in (*read, offset + number):
+                    if self.last.get(index, -1) <= number:
+                        values.pop(index, None)
         return values
+
+
+def _bytes(value: Any) -> int:
+    if isinstance(value, tuple):
+        return sum(_bytes(item) for item in value)
+    return value.numel() * value.element_size() if isinstance(value, Tensor) else 0

@@ -15,6 +15,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from espalier.core.parametrize import Slot
+from espalier.prune.grouping import convolution
 from espalier.prune.parts import Pattern, Reduction
 from espalier.prune.weights import reduce
 
@@ -34,6 +36,10 @@ class KernelParts(Pattern):
 
     id: ClassVar[str] = "kernel-parts"
     part: Part = "stripe"
+
+    def unfit(self, slot: Slot) -> str | None:
+        """Why the slot has no kernels, whatever its shape; None where it has."""
+        return None if convolution(slot) else "it has no kernel: kernel parts belong to convolutions"
 
     def refuses(self, shape: torch.Size) -> str | None:
         if len(shape) < 3:

@@ -27,6 +27,7 @@ from espalier.core.parametrize import slots
 from espalier.core.plan import Plan, Remove
 from espalier.core.selection import Selection
 from espalier.core.task import to_device
+from espalier.graph import Runner
 from espalier.prune.structure import Removing, final_sparsity, settled
 
 if TYPE_CHECKING:
@@ -57,6 +58,11 @@ class Layers(Removing):
 
     def transform(self, method: Prune, model: nn.Module, context: Context) -> nn.Module:
         """Remove block after block, while training where ``epochs`` says so."""
+        if isinstance(model, Runner):
+            raise ModelError(
+                f"{method.name}: an earlier step left a graph module, which has no blocks any more; put the step with "
+                "pattern=layers before the one that removes channels or heads."
+            )
         blocks = candidates(model, context)
         if method.layers != ("*",):
             blocks = [path for path in blocks if any(_named(path, pattern) for pattern in method.layers)]

@@ -132,7 +132,7 @@ def redundant_terms(
     chosen = selection if selection is not None else weights(model)
     if not chosen.count:
         raise DataError("no weight was chosen, so the terms of the loss have no gradients to compare.")
-    with looking(model, context), leaves(chosen) as leaf:
+    with looking(model, context, batch_statistics=True), leaves(chosen) as leaf:
         for batch in batches(model, context, count, "loss terms"):
             output, target = context.data.predict(model, batch), context.data.target(batch)
             rows = []

@@ -18,9 +18,10 @@ from espalier.core.ranking import smallest
 from espalier.core.selection import Selection, by_pattern
 from espalier.prune.n_m import NM, lowest
 from espalier.prune.parts import CutCriterion, FixedPattern, Scores, SolvingCriterion, Watcher, WatchingCriterion
-from espalier.prune.regrowth import shares
+from espalier.prune.regrowth import row_by_row, shares
 from espalier.prune.rewind import Snapshot
-from espalier.prune.scopes import Layer, Ranking, Row
+from espalier.prune.scopes import Layer, Ranking, Row, protected
+from espalier.prune.threshold import Threshold, against
 
 if TYPE_CHECKING:
     from espalier.prune.prune import Prune
@@ -82,11 +83,14 @@ class Masks(Callback):
         self.watcher: Watcher | None = None
         if isinstance(criterion, WatchingCriterion):
             self.watcher = criterion.watcher(model, selection)
+        # of the weights the step starts with: taken again over what is left, a spread rises with every update
+        self.bounds = criterion.bounds(selection) if isinstance(criterion, Threshold) else None
         self.snapshot = Snapshot(method.rewind_epoch) if method.rewind == "weights" else None
         self.jumps = 0
-        self.reached: float | None = None
+        self.reached: list[float] | None = None
         self.gone = 0
-        self.pool: Scores = {}
+        self.clamped: list[str] = []
+        self.held: dict[str, Tensor] = {}
 
     # --- in the loop -----------------------------------------------------------------------------
 
@@ -100,7 +104,12 @@ class Masks(Callback):
         self.step(loop)
 
     def before_step(self, loop: Loop) -> None:
-        """Pruned weights do not move while they are watched; with regrowth the optimizer gathers their moments."""
+        """Pruned weights do not move while they are watched; with regrowth the optimizer gathers their moments.
+
+        Momentum and weight decay move a weight without a gradient, so what may come back is put back after the step.
+        """
+        if self.revives:
+            self.held = {slot.name: slot.latent.detach()[~_mask(slot)] for slot in self.selection}
         if self.watcher is None or self.method.regrow:
             return
         for slot in self.selection:
@@ -108,6 +117,10 @@ class Masks(Callback):
                 slot.latent.grad.masked_fill_(~_mask(slot), 0)
 
     def after_step(self, loop: Loop) -> None:
+        with torch.no_grad():
+            for slot in self.selection:
+                if slot.name in self.held:
+                    slot.latent[~_mask(slot)] = self.held.pop(slot.name)
         if loop.step % self.method.every == 0:
             self.step(loop)
 
@@ -129,11 +142,14 @@ class Masks(Callback):
             "jumps": self.jumps,
             "reached": self.reached,
             "gone": self.gone,
+            "clamped": self.clamped,
+            "unscored": sorted(self.unscored),
             "snapshot": self.snapshot.state_dict() if self.snapshot is not None else {},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.jumps, self.reached, self.gone = state["jumps"], state["reached"], state["gone"]
+        self.clamped, self.unscored = state["clamped"], set(state["unscored"])
         if self.snapshot is not None:
             self.snapshot.load_state_dict(state["snapshot"])
 
@@ -142,17 +158,26 @@ class Masks(Callback):
     def update(self, progress: float, *, regrow: float = 0.0) -> None:
         """Bring every mask to the sparsity the schedule asks for at ``progress``, and ``regrow`` of the rest beyond.
 
-        Where the schedule asks for no more than last time there is nothing to do, except for a criterion that cuts.
+        Where the schedule asks for no more than last time there is nothing to do, unless what went may come back.
         """
-        reached = self.method.schedule.sparsity(progress, 1.0)
+        asked = self.asked(progress)
         if isinstance(self.method.criterion, SolvingCriterion):
             self.solve(self.method.criterion, progress)
-        elif regrow or reached != self.reached or self.revives or isinstance(self.method.criterion, CutCriterion):
+        elif regrow or asked != self.reached or self.revives:
             pooled = self.pooled()
             with torch.no_grad():
-                self.apply(self.removed(pooled, progress, regrow))
-                self.pool = pooled
-        self.reached, self.gone = reached, self.count()
+                removed = self.removed(pooled, progress, regrow)
+                if asked == self.asked(1.0):
+                    self.clamped = self.floored(pooled)
+                self.apply(removed)
+        self.reached, self.gone = asked, self.count()
+
+    def asked(self, progress: float) -> list[float]:
+        """What the schedule asks for: the sparsity of each ranked set, or the share of what knows its own amount."""
+        schedule = self.method.schedule
+        if isinstance(self.method.criterion, CutCriterion) or isinstance(self.method.pattern, FixedPattern):
+            return [schedule.share(progress)]
+        return [schedule.sparsity(progress, final) for _, final in self.sets]
 
     def count(self) -> int:
         """How many weights are masked."""
@@ -168,6 +193,8 @@ class Masks(Callback):
         criterion = self.method.criterion
         if self.watcher is not None:
             scores = self.watcher.scores(self.model)
+        elif self.bounds is not None:
+            scores = against(self.selection, self.bounds)
         else:
             scores = criterion.scores(self.model, self.selection, self.context)
         for name, score in scores.items():
@@ -199,10 +226,10 @@ class Masks(Callback):
 
     def removed(self, pooled: Scores, progress: float, regrow: float = 0.0) -> dict[str, Tensor]:
         """Masks of the groups that go at ``progress``."""
-        method = self.method
-        share = method.schedule.sparsity(progress, 1.0)
+        method, share = self.method, self.method.schedule.share(progress)
         if isinstance(method.criterion, CutCriterion):
-            return method.criterion.removed(pooled, share)
+            cut = method.criterion.removed(pooled, share)
+            return {name: gone & ~protected(pooled[name], method.scope.floor) for name, gone in cut.items()}
         if isinstance(method.pattern, FixedPattern):
             return {name: method.pattern.removed(score, share) for name, score in pooled.items()}
         scope, removed = method.scope, dict[str, Tensor]()
@@ -224,7 +251,7 @@ class Masks(Callback):
         """Let the criterion choose and repair, layer after layer; a layer that is sparse enough is left alone."""
         pattern = self.method.pattern
         groups = (pattern.n, pattern.m) if isinstance(pattern, NM) else None
-        for done, slot in enumerate(self.selection):
+        for done, slot in enumerate(criterion.order(self.model, self.selection, self.context)):
             asked = self.method.schedule.sparsity(progress, self.finals[slot.name])
             kept = _mask(slot)
             if groups is not None:
@@ -249,6 +276,9 @@ class Masks(Callback):
             for names, final in self.sets:
                 asked = method.schedule.sparsity(progress, final)
                 together = [name for name in names if name in by_name]
+                if isinstance(method.scope, Row):
+                    self._regrow_rows([by_name[name] for name in together], wanted, asked)
+                    continue
                 for members in [together] if across else [[name] for name in together]:
                     self._regrow_set({name: by_name[name] for name in members}, wanted, asked)
 
@@ -261,16 +291,25 @@ class Masks(Callback):
         counts = shares(max(0, gone - int(asked * size + 1e-9)), wants, {n: int(f.sum()) for n, f in free.items()})
         for name, count in counts.items():
             back = smallest((-known[name]).masked_fill(~free[name], torch.inf), count) & free[name]
-            _mask(members[name]).logical_or_(back)
-            members[name].latent.masked_fill_(back, 0)
+            _bring_back(members[name], back)
+
+    def _regrow_rows(self, members: list[Slot], wanted: Mapping[str, Tensor | None], asked: float) -> None:
+        for slot in members:
+            found = wanted[slot.name]
+            if found is not None:
+                kept, fence = (outputs_first(slot, mask) for mask in (_mask(slot), self.fence[slot.name]))
+                _bring_back(slot, as_stored(slot, row_by_row(outputs_first(slot, found), kept, fence, asked)))
 
     # --- the end ---------------------------------------------------------------------------------
 
     def finish(self) -> None:
-        """Bring the masks to the end of the schedule, and say what came of it."""
-        if self.count() != self.gone:  # the best epoch was put back, with the masks of its time
+        """Bring the masks to the end of the schedule, and say what came of it.
+
+        Masks that are there already stay: ranking again would give the best epoch's weights the last one's masks.
+        """
+        if self.reached != self.asked(1.0) or self.count() != self.gone:  # or earlier masks were put back
             self.reached = None
-        self.update(1.0)
+            self.update(1.0)
         for slot in self.selection:
             _form(slot).through = False
             if slot.name in self.unscored:
@@ -283,25 +322,31 @@ class Masks(Callback):
             for slot in self.selection
             if slot.name not in self.unscored or slot.name not in self.fresh
         }
-        if clamped := self.clamped():
-            record["clamped"] = clamped
+        if self.clamped:
+            record["clamped"] = self.clamped
             self.context.note(
-                f"{', '.join(clamped)}: kept a share of {self.method.scope.floor:g}, at least one group, where "
-                "the ranking would have removed more."
+                f"{', '.join(self.clamped)}: kept a share of {self.method.scope.floor:g}, at least one group, where "
+                "more would have gone."
             )
 
-    def clamped(self) -> list[str]:
-        """The weights that the scope's floor protected at the end."""
+    def floored(self, pooled: Scores) -> list[str]:
+        """The weights of which the floor keeps more than the ranking or the cut would at the end of the schedule."""
         method = self.method
         if isinstance(method.criterion, CutCriterion):
-            return []
+            cut, floor = method.criterion.removed(pooled, 1.0), method.scope.floor
+            return [name for name, gone in cut.items() if bool((gone & protected(pooled[name], floor)).any())]
         if isinstance(method.pattern, FixedPattern) or method.pattern.empties:
             return []
         found: list[str] = []
         for names, final in self.sets:
-            group = {name: self.pool[name] for name in names if name in self.pool}
+            group = {name: pooled[name] for name in names if name in pooled}
             found += method.scope.clamped(group, method.schedule.sparsity(1.0, final))
         return found
+
+
+def _bring_back(slot: Slot, back: Tensor) -> None:
+    _mask(slot).logical_or_(back)
+    slot.latent.masked_fill_(back, 0)
 
 
 def _form(slot: Slot) -> Mask:

@@ -7,6 +7,7 @@ Departs  Absolute values are averaged, so a unit of a wide layer is comparable t
          found by running one training batch: the linear and convolutional layers reached through batch norm,
          activations, pooling and flattening. What lies behind an addition or a concatenation is not followed. Units
          that no such layer reads have no score with side=out and are judged by their incoming weights with side=both.
+         Embeddings have no scores: their rows are words.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from torch.overrides import TorchFunctionMode
 from espalier.core.context import Context
 from espalier.core.selection import Selection
 from espalier.prune.gradients import batches, looking
+from espalier.prune.grouping import looked_up
 from espalier.prune.parts import Criterion, Scores
-from espalier.prune.responses import FOLLOWED, skip_once, unit_layers, unit_rows
+from espalier.prune.responses import FOLLOWED, unit_layers, unit_rows
 
 _KEY = "_espalier_source"
 _POOLS = ("max_pool", "avg_pool", "adaptive_avg_pool", "adaptive_max_pool", "lp_pool")
@@ -57,6 +59,9 @@ class MeanWeight(Criterion):
         return frozenset() if self.side == "in" else frozenset({"train"})
 
     def scores(self, model: nn.Module, selection: Selection, context: Context) -> Scores:
+        for slot in selection.where(looked_up):
+            context.skip(slot.name, "its rows are looked up, as words are; they are not units of a layer")
+        selection = selection.where(lambda slot: not looked_up(slot))
         incoming = {slot.name: mean_absolute(unit_rows(slot)) for slot in selection}
         if self.side == "in":
             return incoming
@@ -68,7 +73,7 @@ class MeanWeight(Criterion):
             elif self.side == "both":
                 found[name] = score
             else:
-                skip_once(context, name, "no layer was seen to read its units directly; side=in needs none")
+                context.skip(name, "no layer was seen to read its units directly; side=in needs none")
         return found
 
 

@@ -8,7 +8,7 @@ Departs  A definition of this project. The steps are batches at fixed weights. F
          g and a are means over samples and positions and the sign of w is that of the mean output; at a
          gate (a factor of 1 on the unit's output) a = w = 1. Regrowth by momentum (Dettmers, Zettlemoyer 2019,
          arXiv:1907.04840) is not part of the criterion. A moment scores by its absolute value, so a unit that hardly
-         varies goes first; folding its mean into the next layer's bias is left to the removal.
+         varies goes first; ``fold=true`` of pattern channels adds its mean to the next layer's bias.
 """
 
 from __future__ import annotations

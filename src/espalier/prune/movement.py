@@ -4,8 +4,8 @@ Paper    Sanh, Wolf, Rush. Movement Pruning: Adaptive Sparsity by Fine-Tuning. N
 Formula  S <- S - w dL/dw', w' the masked weight (straight-through: pruned weights go on collecting, with the value they
          had when they went);   the top (1 - sparsity) of S stay
 Departs  S has no learning rate and no optimizer of its own, which changes no ranking under plain gradient descent; the
-         gradient is that of the loss without weight decay. Among scores that are equal, as all are before the first
-         step, the lower position goes.
+         gradient is that of the loss without weight decay, and neither decay nor momentum moves a pruned weight. Among
+         scores that are equal, as all are before the first step, the lower position goes.
 """
 
 from __future__ import annotations

@@ -73,7 +73,8 @@ def gauss_newton_product(value: Tensor, output: Tensor, weights: list[Tensor], v
 class OptimalBrainDamage(Criterion):
     """Score = 1/2 w^2 h. ``curvature``: how the diagonal h is found; ``probes`` random vectors per batch.
 
-    Fisher costs one backward pass per sample; the other two about three per probe.
+    ``against``: what is differentiated twice: the task's loss, or the output itself (half its mean squared norm), which
+    needs no labels. Fisher costs one backward pass per sample; the other two about three per probe.
     """
 
     id: ClassVar[str] = "obd"

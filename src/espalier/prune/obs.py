@@ -6,9 +6,10 @@ Paper    Hassibi, Stork. Second Order Derivatives for Network Pruning: Optimal B
          Frantar, Alistarh. SparseGPT. ICML 2023. arXiv:2301.00774 (sparsegpt)
 Formula  H = 2 X X^T;   the q of least w_q^2 / (2 [H^-1]_qq) goes;   w <- w - w_q / [H^-1]_qq H^-1_{:,q}, and so on
          with what is left;   sparsegpt: columns from left to right, the error of each goes to the columns after it
-Departs  Each layer sees the inputs that the layers pruned before it produce. The exact form removes along each row to
-         its end and picks the cheapest beginnings over all rows (as Optimal Brain Compression does); the weights that
-         stay are then solved for at once, which equals the steps. Damping is added to the diagonal in both forms.
+Departs  Each layer sees the inputs that the layers pruned before it produce, of the same batches. The exact form
+         removes along each row to its end and picks the cheapest beginnings over all rows (as Optimal Brain Compression
+         does); the weights that stay are then solved for at once, which equals the steps. Damping is added to the
+         diagonal in both forms; an input that was never active has 1e-8 of the mean diagonal at least.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import islice
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -26,23 +27,37 @@ from torch.nn import functional as F
 from espalier.core.context import Context
 from espalier.core.errors import NumericError
 from espalier.core.fields import Fraction, Group, Rounds
-from espalier.core.model import device_of, evaluating
 from espalier.core.parametrize import Slot
 from espalier.core.ranking import smallest
 from espalier.core.selection import Selection
-from espalier.core.task import to_device
+from espalier.prune.gradients import batches, looking
 from espalier.prune.parts import Scores, SolvingCriterion
 
 CHUNK = 2**24  # numbers held for inverse Hessians of single rows at a time
+DEAD = 1e-8  # share of the mean diagonal that stands for an input that was never active
+PIVOT = 1e-12  # an input of which less than this share is not a combination of others leaves no digit to solve with
 Groups = tuple[int, int] | None
 
 # --- kernels: w (rows, n), hessian (n, n), kept (rows, n); groups (n,): number of each column's group, -1 for none ---
 
 
 def damped(hessian: Tensor, damping: float) -> Tensor:
-    """``hessian`` with ``damping`` times its mean diagonal added; the identity where no input was ever active."""
-    mean = hessian.diagonal().mean()
-    return hessian + torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device) * (damping * mean or 1.0)
+    """``hessian`` with ``damping`` times its mean diagonal added; the identity where no input was ever active.
+
+    An input that was never active gets ``DEAD`` times the mean at least: its weights cost next to nothing.
+    """
+    diagonal = hessian.diagonal()
+    mean = diagonal.mean()
+    if not mean:
+        return torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
+    share = torch.where(diagonal > 0, damping, max(damping, DEAD))
+    return hessian + torch.diag(share.to(hessian.dtype) * mean)
+
+
+def solvable(hessian: Tensor) -> bool:
+    """Whether ``hessian`` has an inverse that holds more than rounding errors."""
+    factor, failed = torch.linalg.cholesky_ex(hessian)
+    return not failed and bool((factor.diagonal().square() > PIVOT * hessian.diagonal()).all())
 
 
 def eliminate(w: Tensor, hessian: Tensor, kept: Tensor, groups: Tensor | None, stay: int) -> tuple[Tensor, Tensor]:
@@ -203,25 +218,55 @@ class OBS(SolvingCriterion):
             return None
         return f"criterion {self.id} solves Linear, Conv1d and Conv2d; this is a {type(slot.module).__name__}"
 
+    def order(self, model: nn.Module, selection: Selection, context: Context) -> tuple[Slot, ...]:
+        """The weights as the model first comes to them on one batch, so that what feeds a layer is solved before it.
+
+        Weights that it does not come to are last.
+        """
+        calls: dict[str, int] = {}
+
+        def note(name: str, *_: Any) -> None:
+            calls.setdefault(name, len(calls))
+
+        with ExitStack() as stack:
+            for slot in selection:
+                for module in _layers(slot):
+                    stack.callback(module.register_forward_pre_hook(partial(note, slot.name)).remove)
+            stack.enter_context(looking(model, context, grad=False))
+            for batch in batches(model, context, 1, "order of the layers"):
+                context.data.predict(model, batch)
+        return tuple(sorted(selection, key=lambda slot: calls.get(slot.name, len(calls))))
+
+    def metric(self, hessian: Tensor, name: str) -> Tensor:
+        """The damped Hessian of the weight ``name``. Raises NumericError where it has no inverse."""
+        found = damped(hessian, self.damping)
+        if not solvable(found):
+            raise NumericError(
+                f"some inputs of {name} are combinations of others in what was seen of the training data, so with "
+                f"damping={self.damping:g} there is no best way to make up for a weight that goes. Give a larger "
+                f"damping, such as 0.01, or more than batches={self.batches}."
+            )
+        return found
+
     def hessians(self, model: nn.Module, slot: Slot, context: Context) -> list[Tensor]:
         """2 X X^T / samples over the layer's inputs, one for each group; none where the layer is never called."""
         found: list[Tensor] = []
         samples = 0
 
-        def gather(module: nn.Module, args: tuple[Any, ...]) -> None:
+        def gather(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             nonlocal samples
-            for group, x in enumerate(columns(module, args[0])):
+            for group, x in enumerate(columns(module, args[0] if args else kwargs["input"])):
                 if group == len(found):
                     found.append(torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device=x.device))
                 found[group] += 2 * (x.T.double() @ x.double())
             samples += len(x)
 
         with ExitStack() as stack:
-            for module in {id(module): module for _, module, _ in slot.owners}.values():
-                stack.callback(module.register_forward_pre_hook(gather).remove)
-            stack.enter_context(evaluating(model))
-            for batch in islice(context.data.data("train"), self.batches):
-                context.data.predict(model, to_device(batch, device_of(model)))
+            for module in _layers(slot):
+                stack.callback(module.register_forward_pre_hook(gather, with_kwargs=True).remove)
+            stack.enter_context(looking(model, context, grad=False))
+            for batch in batches(model, context, self.batches, f"inputs of {slot.name}"):
+                context.data.predict(model, batch)
         for hessian in found:
             hessian /= max(1, samples)
             if not bool(hessian.isfinite().all()):
@@ -234,7 +279,7 @@ class OBS(SolvingCriterion):
         for slot in selection.where(lambda slot: self.refuses(slot) is None):
             parts = as_matrix(slot.value().double()).chunk(len(found := self.hessians(model, slot, context)) or 1)
             costs = [
-                part.square() / (2 * torch.linalg.inv(damped(hessian, self.damping)).diagonal())
+                part.square() / (2 * torch.linalg.inv(self.metric(hessian, slot.name)).diagonal())
                 for part, hessian in zip(parts, found, strict=False)
             ]
             if costs:
@@ -259,13 +304,17 @@ class OBS(SolvingCriterion):
         for hessian, w, mask in zip(
             hessians, weight.chunk(len(hessians)), as_matrix(kept).chunk(len(hessians)), strict=True
         ):
-            metric = damped(hessian.to(weight.device), self.damping)
+            metric = self.metric(hessian.to(weight.device), slot.name)
             if form == "exact":
                 solved.append(exact(w, metric, mask, sparsity, numbers, stay))
             else:
                 solved.append(sparsegpt(w, metric, mask, sparsity, numbers, stay, self.block))
         new, stays = (torch.cat(parts) for parts in zip(*solved, strict=True))
         return from_matrix(new, shape).to(slot.latent.dtype), from_matrix(stays, shape)
+
+
+def _layers(slot: Slot) -> list[nn.Module]:
+    return list({id(module): module for _, module, _ in slot.owners}.values())
 
 
 def _groups(shape: torch.Size, groups: tuple[int, int], device: torch.device) -> tuple[Tensor, int]:

@@ -21,8 +21,8 @@ from espalier.core.selection import Selection
 Scores = dict[str, Tensor]
 """Weight name -> scores; low goes first. Of the weight's shape, or one per output unit (see ``Criterion.of``)."""
 
-Reduction = Literal["sum", "mean", "l1", "l2", "abs-sum"]
-"""How the contributions of the weights of one group make the group's score; ``abs-sum`` is |sum|."""
+Reduction = Literal["sum", "mean", "l1", "l2"]
+"""How the contributions of the weights of one group make the group's score."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +108,10 @@ class SolvingCriterion(Criterion):
         """Why this weight cannot be solved for; None where it can."""
 
     @abstractmethod
+    def order(self, model: nn.Module, selection: Selection, context: Context) -> tuple[Slot, ...]:
+        """The chosen weights in the order they run, so that each is solved on what comes out of the solved ones."""
+
+    @abstractmethod
     def solve(
         self,
         model: nn.Module,
@@ -141,6 +145,10 @@ class Pattern(Method):
 
     def refuses(self, shape: torch.Size) -> str | None:
         """Why a weight of this shape (outputs first) has no such groups; None where it has."""
+        return None
+
+    def unfit(self, slot: Slot) -> str | None:
+        """Why this parameter has no such groups, whatever its shape (an embedding has no units); None where it has."""
         return None
 
     @abstractmethod

@@ -22,6 +22,7 @@ from espalier.core.parametrize import Slot, require_phase, slots
 from espalier.core.selection import Selection, matches, select
 from espalier.prune.magnitude import Magnitude
 from espalier.prune.masks import Masks, outputs_first
+from espalier.prune.n_m import NM
 from espalier.prune.parts import (
     Criterion,
     CutCriterion,
@@ -98,9 +99,19 @@ class Prune(Training):
         return self.replace(lr_schedule=Restarted(inner=self.lr_schedule, at=self.schedule.jumps))
 
     def _settled(self) -> int:
-        """Epochs until the schedule has reached its end: earlier weights are no candidates for the best."""
-        at_end = self.schedule.sparsity(1.0, 1.0)
-        return sum(self.schedule.sparsity(epoch / self.epochs, 1.0) < at_end for epoch in range(1, self.epochs + 1))
+        """Epochs that begin before the schedule has reached its end: earlier weights are no candidates for the best.
+
+        The masks of an epoch are those of an update inside it, so one that ends at the end of the schedule may still
+        lack some. The last epoch always counts: :meth:`Masks.finish` brings it to the end.
+        """
+        asked = self.sparsity.values() if isinstance(self.sparsity, Mapping) else (self.sparsity,)
+        finals = [final for final in asked if final is not None]
+
+        def ended(progress: float) -> bool:
+            there = (self.schedule.sparsity(progress, final) >= self.schedule.sparsity(1.0, final) for final in finals)
+            return self.schedule.share(progress) >= 1 and all(there)
+
+        return sum(not ended(epoch / self.epochs) for epoch in range(self.epochs - 1))
 
     def _choose(self, model: nn.Module, context: Context) -> Selection:
         asked = _with_vectors(model, self.layers, self.name) if self.pattern.vectors else None
@@ -129,7 +140,7 @@ class Prune(Training):
 
     def _refusal(self, slot: Slot) -> str | None:
         """Why pattern or criterion cannot take this weight."""
-        reason = self.pattern.refuses(outputs_first(slot, slot.value()).shape)
+        reason = self.pattern.unfit(slot) or self.pattern.refuses(outputs_first(slot, slot.value()).shape)
         if reason is None and isinstance(self.criterion, SolvingCriterion):
             reason = self.criterion.refuses(slot)
         return reason
@@ -161,6 +172,11 @@ def _amounts(method: Prune) -> list[str]:
     found = []
     if isinstance(method.criterion, CutCriterion) and method.sparsity is not None:
         found.append(f"criterion {method.criterion.id} decides the sparsity itself; leave sparsity unset")
+    if isinstance(method.criterion, CutCriterion) and not isinstance(method.scope, Layer):
+        found.append(
+            f"criterion {method.criterion.id} cuts each layer at its own threshold, so scope={method.scope.id} has no "
+            "say; give scope=layer, whose floor it keeps"
+        )
     if isinstance(method.pattern, FixedPattern) and method.sparsity is not None:
         found.append(f"pattern {method.pattern.id} decides the sparsity itself; leave sparsity unset")
     if isinstance(method.pattern, FixedPattern) and not isinstance(method.scope, Layer):
@@ -191,25 +207,46 @@ def _combinations(method: Prune) -> list[str]:
             f"pattern {pattern.id} ranks singular values by their magnitude; criterion {criterion.id} has no say"
         )
     if isinstance(criterion, SolvingCriterion):
-        if not isinstance(pattern, (Weights, FixedPattern)) or not isinstance(scope, Layer):
+        if not isinstance(pattern, (Weights, NM)) or not isinstance(scope, Layer):
             found.append(f"criterion {criterion.id} solves layer by layer: pattern=weights or n-m, scope=layer")
-        elif isinstance(pattern, FixedPattern) and not isinstance(method.schedule, OneShot):
+        elif isinstance(pattern, NM) and not isinstance(method.schedule, OneShot):
             found.append(f"criterion {criterion.id} finds all groups of {pattern.id} at once: schedule=one-shot")
+    return found + _floors(method)
+
+
+def _floors(method: Prune) -> list[str]:
+    """Who keeps no floor."""
+    criterion, pattern, floor = method.criterion, method.pattern, f"floor={method.scope.floor:g}"
+    if not method.scope.floor:
+        return []
+    found = []
+    if isinstance(criterion, SolvingCriterion):
+        found.append(f"criterion {criterion.id} removes what is asked of each layer; {floor} has no say, leave it at 0")
+    if isinstance(pattern, FixedPattern):
+        found.append(f"pattern {pattern.id} keeps its own share of every group; {floor} has no say, leave it at 0")
+    if pattern.empties:
+        found.append(f"pattern {pattern.id} removes layers as a whole; {floor} has no say, leave it at 0")
     return found
 
 
 def _training(method: Prune) -> list[str]:
     """What only makes sense in a training, or not in this one."""
     criterion, found = method.criterion, []
-    if isinstance(criterion, WatchingCriterion) and (not method.epochs or method.schedule.sparsity(0.0, 1.0) > 0):
+    if isinstance(criterion, WatchingCriterion) and (not method.epochs or method.schedule.share(0.0) > 0):
         found.append(
             f"criterion {criterion.id} judges by what it saw in training: give epochs, and a schedule that starts "
             f"at 0 (linear, cubic); got epochs={method.epochs}, schedule={method.schedule.id}"
         )
-    if method.rewind != "none" and (not method.epochs or not method.schedule.jumps):
+    since = method.rewind_epoch if method.rewind == "weights" else 0
+    if method.epochs and since >= method.epochs:
         found.append(
-            f"rewind={method.rewind} goes back after every round: give epochs and a schedule of rounds (percentile, "
-            f"listed, one-shot); got epochs={method.epochs}, schedule={method.schedule.id}"
+            f"rewind_epoch={since} never comes: epochs={method.epochs} count from 0; give {method.epochs - 1} at most"
+        )
+    elif method.rewind != "none" and not any(at * method.epochs > since + 1e-9 for at in method.schedule.jumps):
+        found.append(
+            f"rewind={method.rewind} goes back after every round that begins later than epoch {since}, and there is "
+            "none: give epochs and a schedule of several rounds (percentile, listed); "
+            f"got epochs={method.epochs}, schedule={method.schedule.id}"
         )
     if method.rewind == "weights" and isinstance(method.pattern, Projection):
         found.append(f"rewind=weights needs masks; pattern {method.pattern.id} has none")

@@ -6,7 +6,7 @@ Paper    Dettmers, Zettlemoyer. Sparse Networks from Scratch: Faster Training wi
 Formula  the mask update removes a share ``regrow`` of what is left on top;   as many come back, with value 0, where
          |momentum| (or |dL/dw|) is largest;   momentum: layer l receives its share of sum_l mean|momentum of kept|
 Departs  The share is constant up to ``until`` of the training and 0 after. Momentum moves weights between layers only
-         where the scope ranks across layers.
+         where the scope ranks across layers; with scope row each row gets back what it lost.
 """
 
 from __future__ import annotations
@@ -43,6 +43,19 @@ def shares(total: int, wants: Mapping[str, float], room: Mapping[str, int]) -> d
                 moved += 1
         left -= moved
     return given
+
+
+def row_by_row(wanted: Tensor, kept: Tensor, fence: Tensor, sparsity: float) -> Tensor:
+    """Mask of what comes back so that ``floor(sparsity * n)`` of each row, along dimension 0, are gone (same shapes).
+
+    The most wanted come first, ties by position, out of what is not ``kept`` now and lies inside ``fence``.
+    """
+    free = fence & ~kept
+    rows = wanted.masked_fill(~free, -torch.inf).flatten(1)
+    lacking = (~kept).flatten(1).sum(1, keepdim=True) - int(sparsity * rows.shape[1] + 1e-9)
+    order = rows.argsort(dim=1, descending=True, stable=True)
+    first = torch.arange(rows.shape[1], device=rows.device) < lacking
+    return torch.zeros_like(rows, dtype=torch.bool).scatter_(1, order, first).reshape(wanted.shape) & free
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ from typing import ClassVar
 from torch import nn
 
 from espalier.core.context import Context
+from espalier.core.parametrize import Slot
 from espalier.core.selection import Selection
 from espalier.prune.l1 import L1
 from espalier.prune.penalty import SparsityPenalty
@@ -30,6 +31,9 @@ class Regularize(SparsifyingTraining):
     @property
     def outputs(self) -> bool:
         return self.penalty.outputs
+
+    def refuses(self, slot: Slot) -> str | None:
+        return self.penalty.refuses(slot)
 
     def start(self, model: nn.Module, selection: Selection, context: Context) -> Sparsifier:
         return self.penalty.start(model, selection, context)

@@ -94,11 +94,9 @@ def stream(
                 follower.deliver(value)
     for name, modules in layers.items():
         if not modules:
-            skip_once(
-                context, name, "its output units are not visible: it is the weight of no linear or convolutional layer"
-            )
+            context.skip(name, "its output units are not visible: it is the weight of no linear or convolutional layer")
         elif name not in follower.seen:
-            skip_once(context, name, "its output units are not visible: the layer's forward is not called")
+            context.skip(name, "its output units are not visible: the layer's forward is not called")
 
 
 def averages(
@@ -128,12 +126,6 @@ def averages(
     stream(model, selection, context, add, count=count, label=label, against=against)
     means = {slot.name: sums[slot.name] / seen[slot.name] for slot in selection if slot.name in sums}
     return means if wide else {name: mean.float() for name, mean in means.items()}
-
-
-def skip_once(context: Context, name: str, reason: str) -> None:
-    """Record a layer that has no score, once however often the scores are asked for."""
-    if {"name": name, "reason": reason} not in context.record.skipped:
-        context.skip(name, reason)
 
 
 class _Follower(TorchFunctionMode):

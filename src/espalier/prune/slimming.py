@@ -6,7 +6,8 @@ Formula  L + strength * sum |gamma|:   gamma <- sign(gamma) max(|gamma| - step *
          [gamma_c = 0] fixes gamma_c and filter c of the layer before at zero
 Departs  The paper adds the subgradient and cuts the smallest gammas at the end, over the whole network; here the zeros
          are exact and nothing else goes (rank with criterion ``scale`` to reach a given sparsity). A channel of gamma 0
-         still adds the batch norm's beta, which a step that removes channels has to fold.
+         still adds the batch norm's beta: remove channels with ``fold=true``. The largest gamma of a layer stays where
+         all others are zero.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from espalier.core.forms import Mask
 from espalier.core.parametrize import Slot, attach, bake
 from espalier.core.selection import Selection
 from espalier.prune.masks import as_stored, outputs_first
-from espalier.prune.penalty import SparsityPenalty, soft_threshold, step_sizes
+from espalier.prune.penalty import SparsityPenalty, largest_group, soft_threshold, step_sizes
 from espalier.prune.scale import batch_norms
 from espalier.prune.sparsifier import Sparsifier
 
@@ -58,8 +59,9 @@ class _Slimming(Sparsifier):
 
     def after_step(self, loop: Loop) -> None:
         for gamma in self.gammas:
-            step = step_sizes(loop.optimizer, gamma.latent)
-            gamma.latent.copy_(soft_threshold(gamma.value(), step * self.penalty.strength))
+            step, value = step_sizes(loop.optimizer, gamma.latent), gamma.value()
+            shrunk = soft_threshold(value, step * self.penalty.strength)
+            gamma.latent.copy_(shrunk if bool(shrunk.any()) else largest_group(value, ()))
 
     def settle(self) -> None:
         for gamma in self.gammas:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from espalier.core.context import Context
 from espalier.core.fields import Batches
 from espalier.core.selection import Selection
-from espalier.prune.connections import Connections, lowest_removed, normalising
+from espalier.prune.connections import Connections, lowest_removed
 from espalier.prune.gradients import each_gradient, needs
 
 
@@ -42,9 +42,9 @@ class Snip(Connections):
         def add(name: str, gradient: Tensor, _: Tensor) -> None:
             total[name] = total[name] + gradient if name in total else gradient.clone()
 
-        with normalising(model):
-            each_gradient(
-                model, selection, context, against="loss", count=self.batches, fn=add, label="connection sensitivity"
-            )
+        each_gradient(
+            model, selection, context, against="loss", count=self.batches, fn=add, label="connection sensitivity",
+            batch_statistics=True,
+        )  # fmt: skip
         scores = {slot.name: sensitivity(slot.value(), total[slot.name]) for slot in selection}
         return lowest_removed(scores, sparsity)

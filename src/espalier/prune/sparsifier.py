@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,30 +20,19 @@ from espalier.core.representation import Representation
 from espalier.core.selection import Selection, select
 from espalier.train import Training
 
-Groups = Literal["weights", "filters", "channels", "shapes"]
-"""What goes together: single weights; outputs; inputs; positions ``(input, *kernel)`` across all outputs."""
-
-
-def group_dims(ndim: int, groups: Groups, out: int = 0) -> tuple[int, ...]:
-    """The dimensions inside a group of a weight of ``ndim`` dimensions whose outputs lie along ``out``."""
-    if groups == "weights":
-        return ()
-    if groups == "shapes":
-        return (out,)
-    along = out if groups == "filters" else 1 - out
-    return tuple(dim for dim in range(ndim) if dim != along)
-
-
-def outputs_along(slot: Slot) -> int:
-    """The dimension of the weight that counts outputs: 1 for transposed convolutions, else 0."""
-    return int(isinstance(slot.module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)))
-
 
 class Sparsifier(Callback):
     """Acts while the model trains. ``settle`` fixes what is zero, in place; ``finish`` leaves masks behind.
 
     What acts per step goes into ``loss``, ``before_step`` and ``after_step``, which are called until settled.
+    ``until``: the share of the steps after which that is, set by the technique.
     """
+
+    until: float = 1.0
+
+    def acting(self, loop: Loop) -> int:
+        """How many steps it acts for; it settles after the last of them."""
+        return round(self.until * loop.steps)
 
     @abstractmethod
     def settle(self) -> None:
@@ -155,13 +144,13 @@ class Noisy(Sparsifier):
 class _Until(Callback):
     """Hands the loop to a sparsifier until its time has come, then lets it settle."""
 
-    def __init__(self, inner: Sparsifier, share: float) -> None:
-        self.inner, self.share = inner, share
+    def __init__(self, inner: Sparsifier) -> None:
+        self.inner = inner
         self.settled = False
 
     def acts(self, loop: Loop) -> bool:
         """Whether the sparsifier still acts in this step."""
-        if not self.settled and loop.step >= round(self.share * loop.steps):
+        if not self.settled and loop.step >= self.inner.acting(loop):
             self.settle()
         return not self.settled
 
@@ -191,7 +180,7 @@ class _Until(Callback):
             return
         with torch.no_grad():
             self.inner.after_step(loop)
-        if loop.step + 1 >= round(self.share * loop.steps):  # the loop counts this step when its callbacks are done
+        if loop.step + 1 >= self.inner.acting(loop):  # the loop counts this step when its callbacks are done
             self.settle()
 
     def state_dict(self) -> dict[str, Any]:
@@ -225,6 +214,10 @@ class SparsifyingTraining(Training):
         """Whether whole output units go: then the model's outputs are left alone."""
         return False
 
+    def refuses(self, slot: Slot) -> str | None:
+        """Why what is to become zero together does not exist in this weight; None where it does."""
+        return None
+
     @abstractmethod
     def start(self, model: nn.Module, selection: Selection, context: Context) -> Sparsifier:
         """The sparsifier, its forms attached."""
@@ -233,7 +226,8 @@ class SparsifyingTraining(Training):
         """Train, fix the zeros on the way, and leave masks."""
         selection = self._choose(model, context)
         sparsifier = self.start(model, selection, context)
-        until = _Until(sparsifier, self.until)
+        sparsifier.until = self.until
+        until = _Until(sparsifier)
         settled = sum(epoch / self.epochs < self.until for epoch in range(1, self.epochs + 1))
         self.train(model, context, callbacks=(until,), settled=settled)
         with torch.no_grad():
@@ -249,7 +243,12 @@ class SparsifyingTraining(Training):
 
     def _choose(self, model: nn.Module, context: Context) -> Selection:
         selection = select(model, self.layers, who=self.name)
+        refused = {slot.name: reason for slot in selection if (reason := self.refuses(slot)) is not None}
+        for name, reason in refused.items():
+            context.skip(name, reason)
         for slot in selection:
+            if slot.name in refused:
+                continue
             require_phase(slot, ("dense", "mask"), self.name, densify=self.densify)
             if not bool(torch.isfinite(slot.value()).all()):
                 raise NumericError(
@@ -259,9 +258,10 @@ class SparsifyingTraining(Training):
             if name not in selection.names and slot.latent.ndim >= 2:
                 context.skip(name, "not among the chosen layers")
         for slot in selection:
-            if not slot.latent.requires_grad:
+            if not slot.latent.requires_grad and slot.name not in refused:
                 context.skip(slot.name, "frozen: it does not train, so nothing makes it sparse")
         last = selection.names[-1:] if self.outputs and self.layers == ("*",) and selection.count > 1 else ()
         for name in last:
-            context.skip(name, "its units are the model's outputs; name it in layers to prune them")
-        return selection.where(lambda slot: slot.latent.requires_grad and slot.name not in last)
+            if name not in refused:
+                context.skip(name, "its units are the model's outputs; name it in layers to prune them")
+        return selection.where(lambda slot: slot.latent.requires_grad and slot.name not in {*last, *refused})

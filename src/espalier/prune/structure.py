@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from espalier import encode
@@ -27,12 +28,14 @@ from espalier.core.parametrize import freeze, plain, slots
 from espalier.core.plan import Keep
 from espalier.core.selection import Selection, select
 from espalier.core.task import capture_call, to_device
+from espalier.deploy.check import resized
 from espalier.graph import Runner
 from espalier.graph.channels import ChannelGroups, Group, Place, channel_groups, cost
 from espalier.graph.channels.rewrite import Gone, indices, taken, without
 from espalier.graph.channels.surgery import Removed, groups_of, remove
 from espalier.graph.edit import state_of
 from espalier.measure.speed import latency
+from espalier.prune.folding import fold_means
 from espalier.prune.parts import Criterion, Pattern, Reduction, Scope, Scores, Watcher, WatchingCriterion
 from espalier.train.batch_norm import reestimate
 
@@ -90,17 +93,23 @@ class Structural(Removing):
     """A pattern that removes units of channel groups.
 
     ``measure``: what ``sparsity`` is a fraction of: units in every group, or parameters, multiply-adds, bytes of the
-    encoded weights or measured milliseconds (torch, one thread) of the whole model. ``multiple``: unit counts are
-    rounded to it.
-    ``normalise``: divide the scores of a group by their mean, so that groups of different cost compare. ``analyse``:
-    first measure on val how the metric falls as each group alone loses units, for the report.
+    encoded weights (floats as fp16) or measured milliseconds (torch, one sample) of the whole model. ``multiple``: unit
+    counts are rounded to it. ``normalise``: divide the scores of a group by their mean, so that groups of different
+    cost compare. ``fold``: add the mean of what goes to the biases of what reads it. ``analyse``: first measure on val
+    how the metric falls as each group alone loses units, for the report.
     """
 
     units: ClassVar[bool] = True
     measure: Measure = "units"
     multiple: Multiple = 1
     normalise: bool = True
+    fold: bool = False
     analyse: bool = False
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Data to take the means over, where they are folded."""
+        return super().needs | ({"train"} if self.fold else set())
 
     @abstractmethod
     def groups(self, found: ChannelGroups) -> tuple[Group, ...]:
@@ -144,7 +153,7 @@ def unit_scores(
 def transposed_weights(model: nn.Module) -> dict[str, int]:
     """Weight name -> groups of every transposed convolution."""
     return {
-        slot.name: int(slot.module.groups)  # type: ignore[arg-type]
+        slot.name: int(slot.module.groups)
         for slot in slots(model).values()
         if isinstance(slot.module, _ConvTransposeNd) and slot.owners[0][2] == "weight"
     }
@@ -170,8 +179,6 @@ def _along(
 def _reduced(total: Tensor, count: Tensor, reduction: Reduction) -> Tensor:
     if reduction == "l2":
         return total.sqrt()
-    if reduction == "abs-sum":
-        return total.abs()
     return total / count.clamp_min(1) if reduction == "mean" else total
 
 
@@ -187,6 +194,7 @@ class Removal:
     kwargs: dict[str, Any]
     found: ChannelGroups
     removed: list[Removed]
+    folded: set[str] = field(default_factory=set)
 
     @classmethod
     def of(cls, method: Prune, pattern: Structural, model: nn.Module, context: Context) -> Removal:
@@ -232,8 +240,11 @@ class Removal:
             with torch.no_grad():
                 given = method.criterion.scores(self.model, selection, self.context)
         for name, score in given.items():
-            if bool(torch.isnan(score).any()):
-                raise NumericError(f"criterion {method.criterion.id} gives NaN for {name}; units cannot be ranked.")
+            if not bool(torch.isfinite(score).all()):
+                raise NumericError(
+                    f"criterion {method.criterion.id} gives NaN or infinity for {name}; its units cannot be ranked. "
+                    "Look at that weight and at the data; a lower learning rate keeps weights finite."
+                )
         found = unit_scores(groups, given, method.criterion, transposed_weights(self.model))
         for group in groups:
             if group.name not in found:
@@ -269,7 +280,7 @@ class Removal:
         return chosen
 
     def _solved(self, scores: dict[str, Tensor], sparsity: float) -> Chosen:
-        """The least removal that meets a share of the cost: bisected over the ranking, then group by group."""
+        """The least removal that leaves no more than asked: bisected over the ranking, then group by group."""
         measure, costs = self._cost(), dict[float, float]()
         target = (1 - sparsity) * measure.start
         low, high = 0.0, 1.0
@@ -286,15 +297,30 @@ class Removal:
             )
         if self.pattern.measure in ("bytes", "ms"):
             return further
-        for name in sorted(further, key=lambda name: -self.start.get(name, 0)):
+        left = sorted(further, key=lambda name: -self.start.get(name, 0))
+        for name in left:
             trial = {**chosen, name: further[name]}
-            if abs(measure.of(trial) - target) <= abs(measure.of(chosen) - target):
+            if measure.of(trial) >= target:
                 chosen = trial
+        if measure.of(chosen) > target:
+            trials = [{**chosen, name: further[name]} for name in left]
+            fitting = [trial for trial in trials if measure.of(trial) <= target]
+            chosen = max(fitting, key=measure.of, default=further)
         return chosen
 
     def start_of(self, measure: Measure) -> float:
         """How much of ``measure`` there is before anything goes."""
         return float(sum(self.start.values())) if measure == "units" else self._cost().start
+
+    def measured(self, chosen: Chosen, sparsity: float) -> dict[str, float]:
+        """``before``, ``after`` and what was ``asked`` for, in the unit of the pattern's measure."""
+        if self.pattern.measure == "units":
+            before = float(sum(group.size for group in self.candidates()))
+            after = before - float(sum(mask.sum() for mask in chosen.values()))
+        else:
+            found = self._cost()
+            before, after = found.start, found.of(chosen)
+        return {"before": before, "after": after, "asked": (1 - sparsity) * before}
 
     def _cost(self) -> _Cost:
         flow = self.found.flow
@@ -307,17 +333,18 @@ class Removal:
         return _Cost(self._milliseconds, self._milliseconds({}))
 
     def _bytes(self, chosen: Chosen) -> float:
-        """Length of the weights if they were written now (fp32, the portable coders)."""
+        """Length of the weights if they were written now (floats as fp16, the portable coders)."""
         tensors, aliases = freeze(self.model)
         for name, dims in indices(self.found.flow, self.gone(chosen)).items():
             for dim, index in dims.items():
                 if name in tensors:
                     tensors[name] = tensors[name].take(dim, index)
-        return float(len(encode.encode(tensors, aliases=aliases, floats="fp32")))
+        return float(len(encode.encode(tensors, aliases=aliases, floats="fp16")))
 
     def _milliseconds(self, chosen: Chosen) -> float:
-        small = self.small(chosen)
-        timed = latency({"": small}, lambda model: model(*self.args, **self.kwargs), repeats=15, seconds=5.0)
+        call = (self.args, self.kwargs)
+        args, kwargs = resized(call, 1) if self.found.graph.dynamic else call
+        timed = latency({"": self.small(chosen)}, lambda model: model(*args, **kwargs), repeats=15, seconds=5.0)
         return timed[""].median_ms
 
     def small(self, chosen: Chosen) -> Runner:
@@ -336,6 +363,8 @@ class Removal:
         """Remove for real; the model may become the runner of its graph. Returns what was cut, tensor by tensor."""
         if not any(mask.any() for mask in chosen.values()):
             return ()
+        if self.pattern.fold:
+            self.folded |= set(fold_means(self.model, indices(self.found.flow, self.gone(chosen)), self.context))
         done = remove(self.model, self.found, chosen, self.args, self.kwargs, optimizer=optimizer)
         self.model = done.model
         self.removed.append(done)
@@ -350,6 +379,11 @@ class Removal:
         """Batch-norm statistics of what is left, where there is data."""
         if self.context.task is not None and self.context.task.train is not None:
             reestimate(self.model, self.context, REESTIMATED)
+        elif any(isinstance(m, _NormBase) and m.running_mean is not None for m in self.model.modules()):
+            self.context.note(
+                "batch-norm statistics are those of the whole network, because the task has no training data to "
+                "estimate them on; with Task(train=...) the metric would usually be better."
+            )
 
     def report(self) -> dict[str, Any]:
         """What was done, as plain data for the record."""
@@ -363,6 +397,7 @@ class Removal:
             "macs": {"before": round(self.macs), "after": round(cost.multiply_adds(flow, nothing))},
             "protected": [vars(p) for p in self.found.protected],
             "boundaries": list(self.found.boundaries),
+            "folded": sorted(self.folded),
             "form": self.removed[-1].kind if self.removed else "module",
             "form_reason": reasons[-1] if reasons else "",
             "difference": max((done.difference for done in self.removed), default=0.0),
@@ -378,6 +413,7 @@ class Preview:
     macs: tuple[int, int]
     protected: tuple[dict[str, Any], ...]
     boundaries: tuple[str, ...]
+    measure: dict[str, Any]
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -389,8 +425,10 @@ def preview(method: Prune, model: nn.Module, context: Context) -> Preview:
     if not isinstance(method.pattern, Structural):
         raise UsageError(f"pattern {method.pattern.id} masks weights; only structural patterns have a plan to show.")
     removal = Removal.of(method, method.pattern, model, context)
-    chosen = removal.choose(final_sparsity(method), removal.scores())
+    final = final_sparsity(method)
+    chosen = removal.choose(final, removal.scores())
     flow, gone = removal.found.flow, removal.gone(chosen)
+    measure: dict[str, Any] = {"name": method.pattern.measure, **removal.measured(chosen, final)}
     rows = tuple(
         {
             "name": group.name,
@@ -404,7 +442,7 @@ def preview(method: Prune, model: nn.Module, context: Context) -> Preview:
     return Preview(
         rows, (removal.parameters, cost.parameters(flow, gone)),
         (round(removal.macs), round(cost.multiply_adds(flow, gone))),
-        tuple(vars(p) for p in removal.found.protected), removal.found.boundaries,
+        tuple(vars(p) for p in removal.found.protected), removal.found.boundaries, measure,
     )  # fmt: skip
 
 
@@ -437,10 +475,10 @@ def _source(group: Group) -> str:
 
 
 def _rounded(gone: Tensor, scores: Tensor, multiple: int) -> NDArray[np.bool_]:
-    """The mask with the number of kept units at the nearest multiple, at least one multiple where there is one."""
+    """The mask with the number of kept units at the nearest multiple; a group of one multiple or less stays whole."""
     size, kept = len(gone), int((~gone).sum())
-    if multiple > 1 and size > multiple:
-        wanted = min(size, max(multiple, round(kept / multiple) * multiple))
+    if multiple > 1 and kept < size:
+        wanted = min(size, max(multiple, int(kept / multiple + 0.5) * multiple))
         order = torch.argsort(torch.where(gone, scores - scores.abs().max() * 2 - 1, scores), stable=True)
         gone = torch.zeros_like(gone)
         gone[order[: size - wanted]] = True

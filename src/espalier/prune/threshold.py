@@ -3,11 +3,15 @@ r"""Threshold pruning: every weight below a threshold goes, absolute or relative
 Paper    Han, Pool, Tran, Dally. Learning both Weights and Connections for Efficient Neural Networks. NeurIPS 2015.
          arXiv:1506.02626 (section 3.2)
 Formula  t = value, or quality * std(w of the layer);   w_i goes where |w_i| < t
-Departs  The standard deviation is taken over the weights that are still there.
+Departs  t is fixed once, over the weights that are there when the step starts: a spread taken again over what is left
+         rises with every cut. While training the cut is made at each move of the schedule, at |w_i| < u t, u the share
+         reached; weights that training moves below it later stay. A layer keeps the scope's floor, and one weight at
+         least. For the paper's rounds, with a new spread in each, put several steps in a row.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -28,6 +32,15 @@ def threshold(weight: Tensor, value: float | None, quality: float) -> float:
     return quality * float(kept.std(correction=0)) if kept.numel() else 0.0
 
 
+def against(selection: Selection, bounds: Mapping[str, float]) -> Scores:
+    """|w| / t of every weight; inf where t is zero, which nothing lies below."""
+    found = {}
+    for slot in selection:
+        weight, bound = slot.value(), bounds[slot.name]
+        found[slot.name] = weight.abs() / bound if bound > 0 else torch.full_like(weight, torch.inf)
+    return found
+
+
 @dataclass(frozen=True, kw_only=True)
 class Threshold(CutCriterion):
     """Score = |w| / t, cut at 1. ``value``: absolute threshold; without it ``quality`` times sigma is used."""
@@ -36,10 +49,9 @@ class Threshold(CutCriterion):
     value: Positive | None = None
     quality: Positive = 1.0
 
+    def bounds(self, selection: Selection) -> dict[str, float]:
+        """The threshold of every layer, from the weights as they are now."""
+        return {slot.name: threshold(slot.value(), self.value, self.quality) for slot in selection}
+
     def scores(self, model: nn.Module, selection: Selection, context: Context) -> Scores:
-        found = {}
-        for slot in selection:
-            weight = slot.value()
-            bound = threshold(weight, self.value, self.quality)
-            found[slot.name] = weight.abs() / bound if bound > 0 else torch.full_like(weight, torch.inf)
-        return found
+        return against(selection, self.bounds(selection))

@@ -6,8 +6,9 @@ Formula  S_ij = |W_ij| ||X_j||_2,   X_j: feature j of all inputs (samples, posit
 Departs  The scores are raw: the comparison inside a row is scope row's business. Convolutions: X_j is what an input
          channel and kernel position see while the kernel moves, padding included (a transposed one: the input channel,
          whatever its padding cuts off). Embeddings: how often a word occurs. Weights whose inputs are not visible
-         (recurrent layers, attention's own projections, biases) have norm 1, so they rank by magnitude.
-         All inputs come from the dense model; the paper goes block by block over pruned ones.
+         (recurrent layers, attention's own projections, biases) rank by magnitude among themselves; their norm is the
+         root mean square of those that are visible, a guess, so that scope global does not take them first for want
+         of a norm. All inputs come from the dense model; the paper goes block by block over pruned ones.
 """
 
 from __future__ import annotations
@@ -29,14 +30,21 @@ from espalier.core.parametrize import Slot
 from espalier.core.selection import Selection
 from espalier.prune.gradients import batches, looking
 from espalier.prune.parts import Criterion, Scores
-from espalier.prune.responses import skip_once
 
+UNSEEN = "its inputs are not visible: ranked by magnitude, against other layers as if its inputs were average ones"
 _UNFOLD: dict[int, Any] = {1: conv1d_weight, 2: conv2d_weight, 3: conv3d_weight}
 
 
 def wanda(weight: Tensor, squared_norms: Tensor) -> Tensor:
     """|W| ||X||, ``squared_norms`` broadcast against the weight."""
     return weight.abs() * squared_norms.sqrt().to(weight.dtype)
+
+
+def typical(squared_norms: list[Tensor]) -> Tensor:
+    """The squared norm, a scalar, that stands for what was not seen: the mean over layers; 1 where none was seen."""
+    means = [squares.double().mean().cpu() for squares in squared_norms]
+    mean = torch.stack(means).mean() if means else torch.zeros(())
+    return mean if mean > 0 else torch.ones(())
 
 
 def unfolded_squares(x: Tensor, module: _ConvNd) -> Tensor:
@@ -102,10 +110,10 @@ class Wanda(Criterion):
                 context.data.predict(model, batch)
         for slot in selection:
             if slot.name not in squares:
-                skip_once(context, slot.name, "its inputs are not visible: ranked by magnitude alone")
-        one = torch.ones(())
+                context.skip(slot.name, UNSEEN)
+        guess = typical(list(squares.values()))
         return {
-            slot.name: wanda(slot.value(), squares.get(slot.name, one).to(slot.latent.device)) for slot in selection
+            slot.name: wanda(slot.value(), squares.get(slot.name, guess).to(slot.latent.device)) for slot in selection
         }
 
 

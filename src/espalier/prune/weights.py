@@ -25,8 +25,7 @@ def reduce(scores: Tensor, dims: tuple[int, ...], reduction: Reduction) -> Tenso
         return scores.square().sum(dims).sqrt()
     if reduction == "mean":
         return scores.mean(dims)
-    total = scores.sum(dims)
-    return total.abs() if reduction == "abs-sum" else total
+    return scores.sum(dims)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,9 @@ from torch.utils import _pytree
 
 from espalier.core.plan import Plan, applied
 from espalier.graph.channels import ChannelGroups
+from espalier.graph.channels.rules import RULES
 from espalier.graph.channels.surgery import groups_of, remove
+from espalier.graph.operators import TABLE
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections")
 WIDE = [toy for toy in TOYS if toy.expected]
@@ -140,3 +142,7 @@ def test_the_reasons_name_what_protects() -> None:
     reasons = {(p.tensor, p.dim): p.reason for p in groups_of(toy.build(), toy.call).protected}
     assert reasons["5.weight", 0] == "it decides the shape of the output"
     assert "conv2d in 0" in reasons["0.weight", 1]
+
+
+def test_every_rule_is_for_an_operator_of_the_table() -> None:
+    assert not set(RULES) - set(TABLE)
