@@ -2,13 +2,14 @@
 
 python benchmarks/cifar_channels.py [--quick] [--network resnet20|resnet56] [--seeds 3] [--only TOOL:NAME ...]
 
-Every criterion, random, and torch-pruning. The published network is fine-tuned on the JPEG training images first (they
-cost it about ten points); that is the baseline. Each row prunes it to the same multiply-adds, re-estimates BN,
+Every criterion, random, and torch-pruning. The published network is fine-tuned on the JPEG training images first
+(they cost it about ten points); that is the baseline. Each row prunes it to the same multiply-adds, re-estimates BN,
 fine-tunes for the same epochs, and is judged on val (half of the 10,000 test images); test (the other half) is read
 once, paired with the baseline. ``--quick``: ResNet-20, one seed, 5,000 training images, 3 epochs, 2,500 images each
-of val and test. torch-pruning rows need the environment of zoo_requirements.txt; its channel ratio is bisected to the
-same multiply-adds; its criterion and scope are the best of its own on val. Rows are kept: a second call goes on where
-the first stopped. ``--only`` repeats the finalists with more seeds.
+of val and test. ``--finals``: the best of each tool on the val of the quick rows, at each ratio, with 15,000 images,
+8 epochs, all of val and test, 3 seeds. torch-pruning rows need the environment of zoo_requirements.txt; its channel
+ratio is bisected to the same multiply-adds; its criterion and scope are the best of its own on val. Rows are kept: a
+second call goes on where the first stopped. ``--only`` repeats the finalists with more seeds.
 """
 
 from __future__ import annotations
@@ -153,6 +154,18 @@ def theirs(task: es.Task, base: nn.Module, criterion: str, scope: str, ratio: fl
     return best[1]
 
 
+def finalists(path: Path) -> dict[tuple[str, float], tuple[str, str]]:
+    """(tool, ratio) -> (criterion, scope) that did best on val in the quick rows."""
+    best: dict[tuple[str, float], tuple[float, str, str]] = {}
+    for row in json.loads(path.read_text()):
+        if "tool" in row and "measured" in row and ", quick, " in row["row"]:
+            _, ratio, scope, tool, *_ = row["row"].split(", ")
+            found = (row["measured"]["val"], row["id"], scope)
+            key = (tool, float(ratio[:-1]))
+            best[key] = max(best.get(key, found), found)
+    return {key: (name, scope) for key, (_, name, scope) in best.items()}
+
+
 def run(setting: Setting, folder: Path, seeds: int, mode: str, only: tuple[str, ...]) -> None:
     """All rows that are not there yet."""
     path = RESULTS / "cifar_channels.json"
@@ -173,8 +186,13 @@ def run(setting: Setting, folder: Path, seeds: int, mode: str, only: tuple[str, 
             if importlib.util.find_spec("torch_pruning"):
                 jobs += [("torch-pruning", name, "layer", name, ratio) for name in PEERS]
                 jobs += [
-                    ("torch-pruning", "magnitude", scope, "magnitude", ratio) for scope in ("isomorphic", "global")
+                    ("torch-pruning", name, scope, name, ratio)
+                    for name in ("magnitude", "fpgm", "taylor")
+                    for scope in ("isomorphic", "global")
                 ]
+        if mode == "finals":
+            best = finalists(path)
+            jobs = [job for job in jobs if best[job[0], job[4]] == (job[1], job[2])]
         jobs = [job for job in jobs if not only or f"{job[0]}:{job[1]}" in only]
         for tool, name, scope, criterion, ratio in jobs:
             label = f"{setting.network}, {ratio:g}x, {scope}, {tool}, {mode}, seed {seed}"
@@ -199,6 +217,7 @@ def main() -> None:
     """Parse and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--finals", action="store_true")
     parser.add_argument("--network", choices=sorted(FILES), default=None)
     parser.add_argument("--seeds", type=int, default=None)
     parser.add_argument("--only", nargs="*", default=(), help="finalists, such as espalier:obd torch-pruning:magnitude")
@@ -208,6 +227,10 @@ def main() -> None:
         os.environ.get("ESPALIER_DATA", Path(__file__).resolve().parents[2] / "shared/data")
     )
     torch.set_num_threads(1)
+    if given.finals:
+        setting = Setting(network=given.network or "resnet20", images=15_000, judged=5_000, epochs=8)
+        run(setting, folder, given.seeds or 3, "finals", tuple(given.only))
+        return
     if given.quick:
         run(
             Setting(network=given.network or "resnet20", images=5_000, judged=2_500, epochs=3),

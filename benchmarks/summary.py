@@ -1,0 +1,243 @@
+"""The results of the pruning benchmarks as tables: docs/benchmarks.md is written from here by ``make docs``.
+
+Nothing is measured here; a benchmark without rows names its command.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from statistics import mean, median, stdev
+from typing import Any
+
+Row = dict[str, Any]
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def rows(name: str) -> list[Row]:
+    """The rows of one results file; none where it is not there."""
+    path = RESULTS / f"{name}.json"
+    return list(json.loads(path.read_text())) if path.is_file() else []
+
+
+def table(head: Iterable[str], body: Iterable[Iterable[Any]]) -> list[str]:
+    """Markdown."""
+    titles = list(head)
+    lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
+    return lines + ["| " + " | ".join(str(cell) for cell in line) + " |" for line in body]
+
+
+def zoo() -> list[str]:
+    """Half the parameters of every network: who holds what, who is how fast."""
+    tools = {"espalier": rows("zoo_espalier"), "torch-pruning 1.6.1": rows("zoo_torch_pruning")}
+    if not any(tools.values()):
+        return ["Not measured yet: `make bench NAME=zoo`."]
+    body, both = [], {}
+    for group in ("torchvision", "timm"):
+        for tool, found in tools.items():
+            mine = {r["row"]: r["measured"] for r in found if r["row"].startswith(f"{group}/")}
+            if not mine:
+                continue
+            good = {name: m for name, m in mine.items() if m["all"]}
+            held = [sum(m["ok"].get(check) is not False for m in mine.values()) for check in CHECKS]
+            seconds = [m["seconds"]["prune_cpu"] for m in good.values() if "prune_cpu" in m["seconds"]]
+            memory = [m["megabytes"]["prune"] for m in good.values()]
+            body.append([
+                group, tool, len(mine), f"{len(good)} ({len(good) / len(mine):.0%})", *held,
+                f"{median(seconds):.2f}" if seconds else "", f"{median(memory):,.0f}" if memory else "",
+            ])  # fmt: skip
+            both[group, tool] = good
+    lines = table(["list", "tool", "models", "all hold", *CHECKS.values(), "seconds", "MB"], body)
+    for group in ("torchvision", "timm"):
+        one, two = (both.get((group, tool), {}) for tool in tools)
+        pairs = [
+            two[name]["seconds"]["prune_cpu"] / max(one[name]["seconds"]["prune_cpu"], 0.01)
+            for name in one
+            if name in two and "prune_cpu" in two[name]["seconds"]
+        ]
+        if pairs:
+            said = f"torch-pruning takes {median(pairs):.2f} times the processor time of espalier in the median."
+            lines += ["", f"{group}, where both succeed ({len(pairs)} models): {said}"]
+    bad = [
+        (row["row"], ", ".join(k for k, v in m["ok"].items() if v is False), "; ".join(m["reasons"].values())[:160])
+        for row in tools["espalier"]
+        if not (m := row["measured"])["all"]
+    ]
+    if bad:
+        lines += ["", "What espalier does not hold:", "", *table(["model", "fails", "reason"], bad)]
+    return lines
+
+
+CHECKS = {
+    "prunes": "prunes", "runs": "runs", "same_shapes": "shapes", "budget": "budget",
+    "masked_reference": "= masked", "saved": "saved", "onnx": "ONNX", "trains": "trains",
+}  # fmt: skip
+
+
+def cifar(mode: str) -> list[str]:
+    """Accuracy at the same multiply-adds; over seeds where there are several."""
+    found = [row for row in rows("cifar_channels") if f", {mode}, " in row["row"]]
+    if not found:
+        return ["Not measured yet: `make bench NAME=cifar_channels`."]
+    bases = {row["seed"]: row["measured"] for row in found if row["id"] == "baseline"}
+    many: dict[tuple[str, ...], list[Row]] = {}
+    for row in found:
+        if "tool" in row:
+            _, ratio, scope, tool, *_ = row["row"].split(", ")
+            many.setdefault((ratio, tool, row["id"], scope), []).append(row)
+    body = []
+    for (ratio, tool, name, scope), group in sorted(many.items(), key=_by_val):
+        good = [row["measured"] for row in group if "measured" in row]
+        if not good:
+            body.append([ratio, tool, name, scope, "", "", "", group[0].get("failed", "")[:60]])
+            continue
+        drops = [m["paired_test"] for m in good]
+        body.append([
+            ratio, tool, name, scope, f"{median(m['macs'] for m in good) / 1e6:.1f}", spread([m["val"] for m in good]),
+            spread([m["test"] for m in good]),
+            ", ".join(f"{d['drop']:+.2f} [{d['low']:+.2f}, {d['high']:+.2f}]" for d in drops),
+        ])  # fmt: skip
+    some = next(iter(bases.values()))
+    said = f"Baseline: val {spread([b['val'] for b in bases.values()])}, test " + spread(
+        [b["test"] for b in bases.values()]
+    )
+    head = ["MACs", "tool", "criterion", "scope", "million", "val %", "test %", "paired drop on test [95 %]"]
+    return [f"{said}, {some['macs'] / 1e6:.1f} million multiply-adds.", "", *table(head, body)]
+
+
+def _by_val(item: tuple[tuple[str, ...], list[Row]]) -> tuple[str, float]:
+    key, group = item
+    values = [row["measured"]["val"] for row in group if "measured" in row]
+    return key[0], -mean(values) if values else 0.0
+
+
+def spread(values: list[float]) -> str:
+    """The mean, with its standard error over seeds."""
+    if len(values) < 2:
+        return f"{values[0]:.2f}"
+    return f"{mean(values):.2f} ± {stdev(values) / len(values) ** 0.5:.2f}"
+
+
+def unstructured() -> list[str]:
+    """Test accuracy by criterion and sparsity."""
+    found = [row for row in rows("unstructured") if row.get("measured") and row["id"] != "baseline"]
+    lines: list[str] = []
+    for network, title in (("lenet5", "LeNet-5 on MNIST"), ("resnet20", "ResNet-20 on CIFAR-10 (JPEG)")):
+        for schedule in ("one-shot", "iterative", "before-training"):
+            mine = [row for row in found if row["row"].startswith(f"{network}, {schedule},")]
+            if not mine:
+                continue
+            levels = sorted({level for row in mine for level in row["measured"]}, key=float)
+            body = [
+                [row["id"], *(_entry(row["measured"].get(level), level) for level in levels)]
+                for row in sorted(mine, key=lambda row: -_last(row, levels))
+            ]
+            setting = mine[0]["setting"]
+            lines += ["", f"{title}, {schedule} ({setting['images']:,} training images; test %):", ""]
+            lines += table(["criterion", *(f"{float(level):.0%}" for level in levels)], body)
+    return lines[1:] or ["Not measured yet: `make bench NAME=unstructured`."]
+
+
+def _last(row: Row, levels: list[str]) -> float:
+    values = [row["measured"].get(level, {}).get("test", 0.0) for level in levels]
+    return sum(values) / max(1, len(values))
+
+
+def _entry(entry: Row | None, level: str) -> str:
+    if not entry:
+        return ""
+    if "failed" in entry:
+        return "failed"
+    off = abs(entry["sparsity"] - float(level)) > 0.002
+    return f"{entry['test']:.2f}" + (f" (at {entry['sparsity']:.1%})" if off else "")
+
+
+def latency() -> list[str]:
+    """Speed-up beside the ratio of multiply-adds."""
+    found = rows("latency_channels") or rows("latency_channels_quick")
+    body = []
+    for row in found:
+        m = row["measured"]
+        if "median_ms" not in m:
+            body.append([row["row"], m.get("reason", ""), "", "", ""])
+            continue
+        before, after = m["median_ms"]
+        body.append([
+            row["row"], f"{before:.2f} -> {after:.2f}", f"{m['mac_ratio']:.2f}x", f"{m['speedup']:.2f}x",
+            f"{m['speedup_over_mac_ratio']:.2f}",
+        ])  # fmt: skip
+    head = ["network, runtime", "median ms", "fewer MACs", "faster", "faster / fewer"]
+    return table(head, body) if body else ["Not measured yet: `make bench NAME=latency_channels`."]
+
+
+def sparse() -> list[str]:
+    """Kernels for zeros beside dense ones."""
+    found = rows("sparse_kernels") or rows("sparse_kernels_quick")
+    body = []
+    for row in found:
+        m = row["measured"]
+        if "sparse_ms" in m:
+            body.append([row["row"], f"{m['dense_ms']:.3f}", f"{m['sparse_ms']:.3f}", f"{m['speedup']:.2f}x"])
+        else:
+            body.append([row["row"], "", "", m.get("reason", "")[:90].replace("|", "/")])
+    head = ["runtime, form", "dense ms", "sparse ms", "faster"]
+    return table(head, body) if body else ["Not measured yet: `make bench NAME=sparse_kernels`."]
+
+
+def causality() -> list[str]:
+    """Units gone and agreement kept, beside as many units of every group gone by other criteria."""
+    body = []
+    for row in rows("causality"):
+        m = row["measured"]
+        tuned = m.get("after_tuning", {})
+        first, last = m["test_accuracy"][0], tuned.get("test_accuracy", m["test_accuracy"][1])
+        body.append([
+            row["row"], row["id"], f"{m['units']['removed']:.1%}", f"{m['test_agreement']:.2%}",
+            f"{tuned['test_agreement']:.2%}" if tuned else "", f"{first:.2f} -> {last:.2f}",
+            m.get("interventions", ""), m.get("seconds", ""),
+        ])  # fmt: skip
+    head = ["network", "units chosen by", "gone", "agreement", "after tuning", "accuracy", "interventions", "seconds"]
+    return table(head, body) if body else ["Not measured yet: `make bench NAME=causality`."]
+
+
+Section = tuple[str, str, Callable[[], list[str]]]
+
+ZOO = """\
+Channels removed from networks with random weights until half of the parameters are left. Equal to the masked reference
+within 1e-4, saved and loaded, run in onnxruntime, trained for a step. torch-pruning is given the layers its readme
+tells everybody to ignore and no other hint; its ratio is searched. Seconds are processor time of one thread for tracing
+and pruning, MB the peak memory of the process, medians over what succeeds."""
+QUICK = """\
+One seed and a short fine-tuning: a comparison of criteria under equal conditions, no statement about what a long
+training recovers."""
+CAUSALITY = """\
+Units removed by intervention against the network's own predictions; magnitude and random take as many of each group."""
+SPARSE = "One matrix product with zeros, in runtimes that have kernels for them, beside the dense product."
+
+SECTIONS: tuple[Section, ...] = (
+    ("Half the parameters of any network, no hints (`zoo`)", ZOO, zoo),
+    ("ResNet-20 on CIFAR-10, every criterion (`cifar_channels --quick`)", QUICK, lambda: cifar("quick")),
+    (
+        "ResNet-20 on CIFAR-10, the best of each tool (`cifar_channels --finals`)",
+        "Criterion and scope of each tool chosen on val in the table above.",
+        lambda: cifar("finals"),
+    ),
+    ("Latency of pruned networks (`latency_channels`)", "Half the channels of every group, batch 1.", latency),
+    ("Kernels for zeros (`sparse_kernels`)", SPARSE, sparse),
+    ("Single weights (`unstructured`)", "Every criterion that scores weights, and random.", unstructured),
+    ("Causality (`causality`)", CAUSALITY, causality),
+)
+
+
+def page() -> str:
+    """The whole page."""
+    lines = ["# Pruning benchmarks", "", "Generated by `make docs` from benchmarks/results. Run one again with"]
+    lines += ["`make bench NAME=...`; every row in the files holds its setting, seed, date and machine.", ""]
+    for title, about, body in SECTIONS:
+        lines += [f"## {title}", "", about, "", *body(), ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+if __name__ == "__main__":
+    print(page())
