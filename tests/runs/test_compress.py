@@ -307,3 +307,12 @@ def _odd_model(kind):
     if kind == "lstm":
         return _Recurrent(), [(torch.randn(8, 4, 5), torch.randint(0, 3, (8,))) for _ in range(3)]
     return _Frozen(), [(torch.randn(8, 6), torch.randint(0, 3, (8,))) for _ in range(3)]
+
+
+def test_zeros_are_run_or_the_report_says_that_they_do_not_pay(task, tmp_path):
+    torch.manual_seed(0)
+    wide = nn.Sequential(nn.Flatten(), nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))
+    step = es.prune.Prune(pattern=es.prune.Blocks(height=8, width=8), sparsity=0.9)
+    record = es.compress(wide, task, step, out=tmp_path / "run", timing_seconds=0.1, device="cpu").record
+    assert record["zeros"]["layers"][0]["layout"] == "blocks of 8"
+    assert any(note.startswith("zeros: ") for note in record["notes"])

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from espalier.measure.size import file_bytes, fp32_safetensors_bytes
     from espalier.measure.speed import Latency, latency
     from espalier.measure.summary import Measurement, measure, measure_all
+    from espalier.measure.zeros import Zeros, run_zeros
 
 _HOMES = {
     "Comparison": "comparison",
@@ -22,6 +23,7 @@ _HOMES = {
     "Measurement": "summary",
     "Paired": "pairing",
     "PeakMemory": "memory",
+    "Zeros": "zeros",
     "compare": "comparison",
     "file_bytes": "size",
     "fp32_safetensors_bytes": "size",
@@ -30,10 +32,12 @@ _HOMES = {
     "measure_all": "summary",
     "paired": "pairing",
     "peak_memory": "memory",
+    "run_zeros": "zeros",
 }
 
-__all__ = ["Comparison", "Latency", "Measurement", "Paired", "PeakMemory", "compare", "file_bytes",
-           "fp32_safetensors_bytes", "latency", "measure", "measure_all", "paired", "peak_memory"]  # fmt: skip
+__all__ = ["Comparison", "Latency", "Measurement", "Paired", "PeakMemory", "Zeros", "compare", "file_bytes",
+           "fp32_safetensors_bytes", "latency", "measure", "measure_all", "paired", "peak_memory",
+           "run_zeros"]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -26,7 +26,7 @@ from espalier.core.recipe import FileOptions, Recipe, step_to_data
 from espalier.core.target import Target
 from espalier.core.task import Task, capture_call
 from espalier.encode.coders import resolve
-from espalier.measure import fp32_safetensors_bytes, measure_all, paired
+from espalier.measure import fp32_safetensors_bytes, measure_all, paired, run_zeros
 from espalier.runs.context import RunContext
 from espalier.runs.directory import RunDirectory
 from espalier.runs.files import SELF_CONTAINED, WEIGHTS_ONLY, Written, load, write_files
@@ -244,6 +244,7 @@ class Run:
             original=host, file_bytes=file_bytes, macs=_macs(host, model, self.task), threads=torch.get_num_threads(),
             seconds=self.seconds_to_time,
         )  # fmt: skip
+        zeros = run_zeros(model, self.task, threads=torch.get_num_threads(), seconds=self.seconds_to_time)
         test, pairs = {}, {}
         if self.task.test is not None:  # the one look at test
             for name, candidate in (("original", host), ("compressed", model)):
@@ -255,6 +256,7 @@ class Run:
             begun=begun, file=file, outcome=outcome, measured={name: m.to_json() for name, m in measured.items()},
             test=test, pairs=pairs, steps=[entry["record"] for entry in leaves],
             tries=self.directory.events("try"), metric=self.task.scorer(), model=type(self.model).__name__,
+            zeros=zeros,
         )  # fmt: skip
 
     def _write_record(self, record: dict[str, Any]) -> None:

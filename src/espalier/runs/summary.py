@@ -7,6 +7,7 @@ from typing import Any
 
 import espalier
 from espalier.core.metric import Metric
+from espalier.measure.zeros import Zeros
 from espalier.runs.strength import Outcome, plain_tries
 
 SCHEMA = 1
@@ -32,6 +33,7 @@ def summarise(
     tries: list[dict[str, Any]],
     metric: Metric,
     model: str,
+    zeros: Zeros | None = None,
 ) -> dict[str, Any]:
     """Assemble the record. Every figure in it was measured on the re-loaded file."""
     environment = dict(begun.get("environment", {}))
@@ -63,6 +65,9 @@ def summarise(
         record["test"] = dict(test)
     if pairs:
         record["paired"] = dict(pairs)
+    if zeros is not None:
+        record["zeros"] = zeros.to_json()
+        record["notes"].append(zeros.sentence())
     return record
 
 
