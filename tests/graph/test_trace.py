@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import logging
 import threading
 
 import pytest
@@ -12,6 +14,7 @@ from torch.nn import functional as F
 
 from espalier.core.errors import ModelError
 from espalier.graph import Graph, infer, trace
+from espalier.graph.quiet import place_of
 
 
 class Function(nn.Module):
@@ -145,20 +148,78 @@ def test_data_dependent_control_flow_says_what_to_do():
         trace(model, (torch.randn(2, 4),))
 
 
+def _branching(_, x):
+    y = x * 2
+    if y.sum() > 0:
+        return y
+    return -y
+
+
+def test_a_failed_trace_is_one_sentence_with_the_place_and_no_log(capfd, monkeypatch):
+    monkeypatch.delenv("TORCH_LOGS", raising=False)
+    handlers = [h for name in ("torch.fx", "torch.export") for h in logging.getLogger(name).handlers]
+    before = [list(h.filters) for h in handlers]
+    with pytest.raises(ModelError) as error:
+        trace(nn.Sequential(nn.Linear(4, 4), Function(_branching)), (torch.randn(2, 4),))
+    line = inspect.getsourcelines(_branching)[1] + 2
+    said = str(error.value)
+    assert f"test_trace.py, line {line} (if y.sum() > 0)." in said
+    assert "pattern weights, blocks or n-m" in said
+    assert "\n" not in said
+    assert [list(h.filters) for h in handlers] == before
+    assert capfd.readouterr() == ("", "")
+
+
+def test_whoever_asks_for_torchs_log_gets_it(capfd, monkeypatch):
+    monkeypatch.setenv("TORCH_LOGS", "+export")
+    with pytest.raises(ModelError):
+        trace(Function(_branching), (torch.randn(2, 4),))
+    assert "def forward" in capfd.readouterr().err
+
+
+def test_the_place_comes_from_the_text_where_no_frame_tells():
+    mine, torchs = "/home/me/net.py", torch.__file__
+    text = f'Bad.\n  File "{mine}", line 3, in f\n  File "{torchs}", line 9, in g\n  File "<string>", line 1, in h'
+    assert place_of(RuntimeError(text)) == "me/net.py, line 3"
+    assert place_of(RuntimeError("Bad.")) == ""
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_quantized_layers_are_named():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+    quantized = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+    with pytest.raises(
+        ModelError, match=r"layer 1 is already quantized \(torch.ao.nn.quantized.dynamic.Linear\).*float"
+    ):
+        trace(quantized, (torch.randn(2, 4),))
+
+
 def test_a_model_that_does_not_run_is_told_apart():
     with pytest.raises(ModelError, match="cannot be run on the example"):
         trace(nn.Linear(3, 4), (torch.randn(2, 5),))
 
 
 def test_unsupported_operators_are_named():
-    model = Function(lambda _, x: torch.fft.fft(x).real)
-    with pytest.raises(ModelError, match=r"fft.*closed operator set"):
+    model = nn.Sequential(nn.Linear(4, 4), Function(lambda _, x: torch.fft.fft(x).real))
+    with pytest.raises(ModelError, match=r"uses aten\.fft_fft\.default in 1, which.*closed operator set"):
         trace(model, (torch.randn(2, 4),))
+
+
+def test_what_an_unsupported_operator_writes_is_not_lost():
+    def forward(_, x):
+        h = x * 1
+        h[:, 0] = torch.fft.fft(h[:, 1]).real
+        return h
+
+    with pytest.raises(ModelError, match=r"aten\.fft_fft\.default"):
+        trace(Function(forward), (torch.randn(2, 4, 3),))
+    with pytest.raises(ModelError, match=r"aten\.erfinv_\.default"):
+        trace(Function(lambda _, x: (h := x * 1, h[:, 0].erfinv_())[0]), (torch.rand(2, 4, 3),))
 
 
 def test_an_unused_unsupported_operator_does_no_harm():
     def forward(_, x):
-        torch.fft.fft(x)
+        torch.fft.fft(x).mul_(2)
         return x + 1
 
     assert ops(trace(Function(forward), (torch.randn(2, 4),))) == ["add"]

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from espalier.core.errors import EspalierError, LimitExceeded, ModelError
 from espalier.graph.graph import Arg, Branch, Graph, Node, Tree, Value, Weight, leaves, references
-from espalier.graph.operators import operator_named
+from espalier.graph.operators import operator_of
+from espalier.graph.operators.foreign import shown
 from espalier.graph.operators.schema import DTYPES, MAX_LIST, Operator, call, check_arguments, torch_dtype
 
 MAX_RANK = 16
@@ -47,12 +48,13 @@ def infer(graph: Graph, *, batch: int = 2, limits: Limits = DEFAULT_LIMITS) -> l
         _blank(tuple(batch if n is None else n for n in item.shape), item.dtype, limits) for item in graph.inputs
     ]
     total = sum(v.numel() for v in values)
+    closed = not graph.foreign
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # advice about speed and padding is for whoever runs the graph
         for number, node in enumerate(graph.nodes):
             where = f"Node {number} ({node.op})"
             value = _infer_node(node, values, tensors, where)
-            total += _measure(value, limits, where)
+            total += _measure(value, limits, where, closed)
             if total > limits.total_elements:
                 raise LimitExceeded(f"{where}: the values hold more than {limits.total_elements} elements in all.")
             values.append(value)
@@ -78,11 +80,23 @@ def with_defaults(operator: Operator, given: Mapping[str, Any]) -> dict[str, Any
     return {p.name: given.get(p.name, p.default) for p in operator.parameters}
 
 
+_REFUSALS: tuple[type[Exception], ...] = (
+    ArithmeticError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    AssertionError,
+)
+
+
 def _infer_node(node: Node, values: Sequence[Any], tensors: Mapping[str, Any], where: str) -> Any:
-    operator = operator_named(node.op)
+    operator = operator_of(node)
     given = resolve(operator, node, values, tensors)
     complete = with_defaults(operator, given)
     _check_kinds(operator, complete, where)
+    refusals = _REFUSALS if node.overload is None else (Exception,)  # a foreign operator is anyone's code
     try:
         refusal = operator.guard(complete) if operator.guard else None
         if refusal:
@@ -95,8 +109,13 @@ def _infer_node(node: Node, values: Sequence[Any], tensors: Mapping[str, Any], w
         result = operator.run(*positional, **keywords)
     except EspalierError:
         raise
-    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError, AttributeError, AssertionError) as error:
+    except refusals as error:
         reason = str(error).split("\n")[0][:300]
+        if node.overload is not None:
+            raise ModelError(
+                f"The model uses {shown(node.op, node.path)}, whose results have no shape until it is run: "
+                f"{reason.rstrip('.')}. Give it one by torch.library.register_fake or rewrite that part."
+            ) from error
         raise ModelError(f"{where} cannot take its arguments: {reason}") from error
     return tuple(result) if isinstance(result, list | tuple) else result
 
@@ -123,19 +142,22 @@ def _check_kinds(operator: Operator, values: Mapping[str, Any], where: str) -> N
                 )
 
 
-def _measure(value: Any, limits: Limits, where: str) -> int:
-    """Elements of one inferred value, refused beyond the limits or when it is no tensor, size or tuple."""
+def _measure(value: Any, limits: Limits, where: str, closed: bool) -> int:
+    """Elements of one inferred value, refused beyond the limits or when it is no tensor, size or tuple.
+
+    ``closed``: only dtypes that files know; foreign operators also give others, complex numbers above all.
+    """
     if isinstance(value, tuple):
         if len(value) > MAX_LIST:
             raise LimitExceeded(f"{where} gives {len(value)} tensors; at most {MAX_LIST} are allowed.")
-        return sum(_measure(item, limits, where) for item in value)
+        return sum(_measure(item, limits, where, closed) for item in value)
     if type(value) is int:
         if abs(value) > limits.elements:
             raise LimitExceeded(f"{where} gives the size {value}; at most {limits.elements} is allowed.")
         return 1
     if not isinstance(value, Tensor) or value.device.type != "meta":
         raise ModelError(f"{where} gives a {type(value).__name__}, not a tensor.")
-    if value.dim() > MAX_RANK or str(value.dtype).removeprefix("torch.") not in DTYPES:
+    if value.dim() > MAX_RANK or (closed and str(value.dtype).removeprefix("torch.") not in DTYPES):
         raise ModelError(f"{where} gives a tensor of rank {value.dim()} and dtype {value.dtype}.")
     if value.numel() > limits.elements:
         raise LimitExceeded(f"{where} gives {value.numel()} elements; at most {limits.elements} are allowed.")
@@ -163,7 +185,7 @@ def _check_structure(graph: Graph, limits: Limits) -> None:
         if name not in graph.tensors or alias in graph.tensors:
             raise ModelError(f"The tied tensor {alias!r} refers to {name!r}, which is not there.")
     for number, node in enumerate(graph.nodes):
-        check_arguments(operator_named(node.op), node)
+        check_arguments(operator_of(node), node)
         for arg in references(node):
             _check_reference(arg, graph, len(graph.inputs) + number, f"Node {number} ({node.op})")
     for leaf in leaves(graph.output):

@@ -11,8 +11,10 @@ from torch import fx, nn
 
 from espalier.graph.graph import Arg, Node, Value
 from espalier.graph.operators import TABLE, Operator
-from espalier.graph.operators.schema import dtype_name
+from espalier.graph.operators.foreign import foreign
+from espalier.graph.operators.schema import DTYPES, dtype_name
 
+_STORED = frozenset(getattr(torch, name) for name in DTYPES)
 NOTHING = frozenset(
     ("contiguous", "clone", "detach", "alias", "lift", "lift_fresh", "lift_fresh_copy", "positive", "requires_grad")
 )
@@ -26,26 +28,40 @@ def is_free(size: Any) -> bool:
 
 @dataclass(frozen=True)
 class Unsupported:
-    """Stands where a value would be whose operator is not in the table; an error once something needs it."""
+    """Stands where a value would be whose operator is not in the table; an error once something needs it.
+
+    ``target``: the operator and the module that calls it.
+    """
 
     target: str
 
 
 @dataclass
 class Builder:
-    """State of one normalisation: nodes so far and what each exported node became."""
+    """State of one normalisation: nodes so far and what each exported node became.
+
+    ``foreign``: operators outside the table become nodes that carry them, instead of an error.
+    """
 
     model: nn.Module
     inputs: int
+    foreign: bool = False
     nodes: list[Node] = field(default_factory=list)
     environment: dict[fx.Node, Any] = field(default_factory=dict)
-    unsupported: set[str] = field(default_factory=set)
     path: str = ""
 
     def emit(self, op: str, args: Mapping[str, Arg]) -> Value:
         """Append a node, its defaults left out, and return its value."""
         said = {p.name: args[p.name] for p in TABLE[op].parameters if p.name in args and not p.is_default(args[p.name])}
-        self.nodes.append(Node(op, said, self.path))
+        return self._append(Node(op, said, self.path))
+
+    def emit_foreign(self, overload: torch._ops.OpOverload, args: Mapping[str, Any]) -> Value:
+        """Append a node for an operator outside the table; where it runs is for the runner to say."""
+        said = {name: value for name, value in args.items() if name != "device"}
+        return self._append(Node(foreign(overload).name, said, self.path, overload))
+
+    def _append(self, node: Node) -> Value:
+        self.nodes.append(node)
         return Value(self.inputs + len(self.nodes) - 1)
 
     def read(self, item: Any) -> Any:
@@ -55,7 +71,7 @@ class Builder:
         if isinstance(item, list | tuple):
             return tuple(self.read(x) for x in item)
         if isinstance(item, torch.dtype):
-            return dtype_name(item)
+            return item if self.foreign and item not in _STORED else dtype_name(item)
         if isinstance(item, torch.SymInt):
             return int(item)
         return item
@@ -94,6 +110,16 @@ def bind(builder: Builder, node: fx.Node) -> dict[str, Any]:
         elif argument.has_default_value():
             given[argument.name] = builder.read(argument.default_value)
     return given
+
+
+def foreign_arguments(builder: Builder, node: fx.Node) -> dict[str, Any]:
+    """Arguments of an exported call as given, by torch's names, tensors and sizes replaced by what they became."""
+    assert isinstance(node.target, torch._ops.OpOverload)  # noqa: S101 - asked before
+    names = [argument.name for argument in node.target._schema.arguments]
+    return {
+        name: item if isinstance(item, torch.dtype) else builder.read(item)
+        for name, item in (*zip(names, node.args, strict=False), *node.kwargs.items())
+    }
 
 
 def first_unsupported(items: Iterable[Any]) -> Unsupported | None:

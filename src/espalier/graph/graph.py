@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -70,11 +70,16 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Node:
-    """One operator call: ``args`` by argument name, defaults left out; ``path`` is the module it came from."""
+    """One operator call: ``args`` by argument name, defaults left out; ``path`` is the module it came from.
+
+    ``overload``: torch's own operator where the table has none (a *foreign* node, ``trace(..., foreign=True)``). No
+    file holds one; its literals may be anything torch takes.
+    """
 
     op: str
     args: Mapping[str, Arg]
     path: str = field(default="", compare=False)
+    overload: Any = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +104,11 @@ class Graph:
     def dynamic(self) -> bool:
         """Whether any input has a free batch dimension."""
         return any(None in item.shape for item in self.inputs)
+
+    @property
+    def foreign(self) -> tuple[Node, ...]:
+        """Nodes whose operator is not in the table: this graph can be analysed and run here, not stored."""
+        return tuple(node for node in self.nodes if node.overload is not None)
 
     def used(self) -> set[str]:
         """Names of the tensors that some node or the output refers to."""

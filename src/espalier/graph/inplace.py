@@ -8,10 +8,11 @@ from typing import Any
 from torch import fx
 
 from espalier.core.errors import ModelError
-from espalier.graph.exported import NOTHING, Builder, arguments_of, bind, target_of
+from espalier.graph.exported import NOTHING, Builder, Unsupported, arguments_of, bind, target_of
 from espalier.graph.graph import Value, Weight
 from espalier.graph.operators import BY_ATEN, TABLE
-from espalier.graph.rewrites import FILL
+from espalier.graph.operators.foreign import overwrites, shares_memory
+from espalier.graph.rewrites import FILL, REWRITES
 
 _SCATTER = {"select": "select_scatter", "slice": "slice_scatter"}
 _VIEWS = frozenset(
@@ -22,10 +23,7 @@ _VIEWS = frozenset(
 
 def write_back(builder: Builder, node: fx.Node, value: Any) -> None:
     """After an in-place operator: later readers of the written tensor and of what it is a view of see ``value``."""
-    chain = [node.args[0]]
-    while isinstance(chain[-1], fx.Node) and (base := _viewed(chain[-1])) is not None:
-        chain.append(base)
-    nodes = [item for item in chain if isinstance(item, fx.Node)]
+    nodes = _chain(node)
     root = builder.environment[nodes[-1]]
     if isinstance(root, Weight) and nodes[-1].op == "placeholder":
         raise ModelError(f"The model writes into its tensor {root.name!r}. Make it a pure function.")
@@ -41,6 +39,25 @@ def write_back(builder: Builder, node: fx.Node, value: Any) -> None:
     for view, base in itertools.pairwise(nodes):
         value = _scattered(builder, view, base, value)
         builder.environment[base] = value
+
+
+def is_lost(builder: Builder, node: fx.Node) -> bool:
+    """Whether what ``node`` writes, which could not be built, would be missed by a later reader of the same memory.
+
+    Memory that could not be built itself is an error to its readers already.
+    """
+    if not overwrites(node.target):
+        return False
+    nodes = _chain(node) if target_of(node)[2] else []
+    return not nodes or not isinstance(builder.read(nodes[-1]), Unsupported)
+
+
+def _chain(node: fx.Node) -> list[fx.Node]:
+    """What an in-place operator writes into, what that is a view of, and so on."""
+    chain = [node.args[0]]
+    while isinstance(chain[-1], fx.Node) and (base := _viewed(chain[-1])) is not None:
+        chain.append(base)
+    return [item for item in chain if isinstance(item, fx.Node)]
 
 
 _WRITE = "The model writes in place through {}. Write x = f(x) instead of changing x."
@@ -78,7 +95,10 @@ def _viewed(node: fx.Node) -> fx.Node | None:
     if full == "_operator.getitem" or writes or name in ("contiguous", "detach", "alias", "detach_"):
         return node.args[0]
     operator = BY_ATEN.get(full)
-    shares = operator is not None and (operator.name in _SCATTER or operator.name in _VIEWS)
+    if operator is None:
+        shares = full not in REWRITES and shares_memory(node.target)  # a foreign view
+    else:
+        shares = operator.name in _SCATTER or operator.name in _VIEWS
     return node.args[0] if shares else None
 
 

@@ -9,7 +9,7 @@ import torch
 
 from espalier.graph.check import infer, resolve, with_defaults
 from espalier.graph.graph import Graph, Weight, references
-from espalier.graph.operators import TABLE
+from espalier.graph.operators import operator_of
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ def macs(graph: Graph, *, batch: int = 1) -> Macs:
     counts: list[int] = []
     tensors: dict[str, int] = {}
     for number, node in enumerate(graph.nodes):
-        operator = TABLE[node.op]
+        operator = operator_of(node)
         if operator.macs is None:
             counts.append(0)
             continue

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind
@@ -21,12 +22,14 @@ from espalier.graph.exported import (
     arguments_of,
     bind,
     first_unsupported,
+    foreign_arguments,
     module_path_of,
     target_of,
 )
 from espalier.graph.graph import Graph, Value, Weight, leaves, references
-from espalier.graph.inplace import write_back
+from espalier.graph.inplace import is_lost, write_back
 from espalier.graph.operators import BY_ATEN
+from espalier.graph.operators.foreign import outside, pure, shown
 from espalier.graph.rewrites import FILL, REWRITES
 from espalier.graph.signature import STATE, Leaf, call_tree, input_of, output_tree, plain_leaf, state_of
 from espalier.graph.trees import describe, fill
@@ -38,17 +41,19 @@ def normalise(
     example: Sequence[Any],
     *,
     names: tuple[str, ...],
+    foreign: bool = False,
 ) -> Graph:
     """The graph of ``program``; ``example`` are the leaves of the traced call.
 
-    Raises ModelError for operators outside the table and for models that write into their own buffers.
+    Operators outside the table are refused, or with ``foreign`` kept as nodes that no file can hold.
+    Raises ModelError for those refused and for models that write into their own buffers.
     """
     specs, aliases, constants, rename = state_of(program, model)
     signature = program.graph_signature
     placeholders = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
     user = [spec for spec in signature.input_specs if spec.kind == InputKind.USER_INPUT]
     inputs = [placeholders[s.arg.name] for s in user if not isinstance(s.arg, ConstantArgument)]
-    builder = Builder(model, len(inputs))
+    builder = Builder(model, len(inputs), foreign)
     builder.environment.update({node: Value(k) for k, node in enumerate(inputs)})
     for spec in signature.input_specs:
         if spec.kind in STATE and spec.arg.name in placeholders:
@@ -58,7 +63,7 @@ def normalise(
             builder.path = module_path_of(node)
             builder.environment[node] = _convert(builder, node)
         elif node.op == "get_attr":
-            builder.environment[node] = Unsupported(f"subgraph or attribute {node.target}")
+            builder.environment[node] = Unsupported(f"the subgraph or attribute {node.target}")
     output = output_tree(program, builder)
     graph = Graph(
         inputs=tuple(input_of(node) for node in inputs),
@@ -84,6 +89,8 @@ def _convert(builder: Builder, node: fx.Node) -> Any:
     given = bind(builder, node)
     missing = first_unsupported(given.values())
     if missing is not None:
+        if is_lost(builder, node):
+            raise outside(missing.target)
         return missing
     value = _value_of(builder, node, full, name, given)
     if writes and name not in NOTHING and not isinstance(value, Unsupported):
@@ -94,18 +101,31 @@ def _convert(builder: Builder, node: fx.Node) -> Any:
 def _value_of(builder: Builder, node: fx.Node, full: str, name: str, given: dict[str, Any]) -> Any:
     if name in NOTHING:
         return next(iter(given.values()))
+    if any(isinstance(item, torch.dtype) for item in given.values()):  # complex, which no row of the table makes
+        return _outside(builder, node)
     if full in REWRITES:
         rewritten = REWRITES[full](builder, node, given)
         if rewritten is not None:
             return rewritten
     operator = BY_ATEN.get(full)
     if operator is None:
-        return Unsupported(full)
+        return _outside(builder, node)
     arguments = arguments_of(operator, given)
     fixed = FILL[operator.name](builder, node, arguments) if operator.name in FILL else arguments
     if isinstance(fixed, Value | Weight):
         return fixed
     return builder.emit(operator.name, fixed)
+
+
+def _outside(builder: Builder, node: fx.Node) -> Any:
+    """What becomes of an operator the table lacks."""
+    what = shown(str(node.target), builder.path)
+    overload = pure(node.target) if builder.foreign else None
+    if overload is not None:
+        return builder.emit_foreign(overload, foreign_arguments(builder, node))
+    if is_lost(builder, node):
+        raise outside(what)
+    return Unsupported(what)
 
 
 def _without_dead(graph: Graph) -> Graph:

@@ -13,7 +13,7 @@ from torch import nn
 from espalier.graph.check import resolve
 from espalier.graph.graph import Arg, Graph, Node, Value, Weight, leaves, references
 from espalier.graph.modules import activation, build_dropout, build_module, candidate_paths, configuration
-from espalier.graph.operators import TABLE
+from espalier.graph.operators import TABLE, operator_of
 from espalier.graph.operators.schema import call
 
 DROPOUTS = "_dropout"
@@ -106,7 +106,7 @@ def steps(graph: Graph, calls: Mapping[int, str]) -> tuple[Step, ...]:
 def _step(node: Node, module: str | None, dead: tuple[int, ...]) -> Step:
     if module is not None:
         return Step(fetch(module), (_prepared(node.args[activation(node)]),), (), dead, creates=False)
-    operator = TABLE[node.op]
+    operator = operator_of(node)
     given = {name: _prepared(arg) for name, arg in _by_mode(node).items()}
     positional, keywords = call(operator, given)
     return Step(operator.run, tuple(positional), tuple(keywords.items()), dead, operator.creates)

@@ -14,6 +14,7 @@ from torch.export.graph_signature import ConstantArgument, InputKind, InputSpec
 from espalier.core.errors import ModelError
 from espalier.graph.exported import Builder, Unsupported, is_free
 from espalier.graph.graph import CONSTANT_PREFIX, Branch, Input, Role, TensorSpec, Tree, Value, Weight
+from espalier.graph.operators.foreign import outside
 from espalier.graph.operators.schema import dtype_name
 from espalier.graph.trees import describe
 
@@ -102,10 +103,7 @@ def plain_leaf(leaf: Any) -> Tree:
     """A result's leaf as the graph keeps it. Raises ModelError for what no file can hold."""
     item = leaf.item if isinstance(leaf, Leaf) else leaf
     if isinstance(item, Unsupported):
-        raise ModelError(
-            f"The model uses {item.target}, which the graph's closed operator set does not have. "
-            "Rewrite that part with standard layers, or keep the file without its architecture."
-        )
+        raise outside(item.target)
     if isinstance(item, Value | Weight | bool | int | float | str | None):
         return item
     raise ModelError(

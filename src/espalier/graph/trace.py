@@ -10,8 +10,6 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
-import logging
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -25,6 +23,7 @@ from espalier.core.errors import ModelError
 from espalier.graph.check import infer
 from espalier.graph.graph import Graph
 from espalier.graph.normalise import normalise
+from espalier.graph.quiet import place_of, quiet
 from espalier.graph.runner import Runner
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -32,14 +31,23 @@ _ATTEMPTS = ("every input", "the first input", "what export finds free", "nothin
 
 
 def trace(
-    model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None, *, batch_dim: int = 0
+    model: nn.Module,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    batch_dim: int = 0,
+    foreign: bool = False,
 ) -> Graph:
     """The graph of ``model`` called as ``model(*args, **kwargs)``, in eval mode, with the batch size left open.
 
     Dimension ``batch_dim`` of the first input is the batch; inputs of the same extent there share it. An
     example batch of 1 is repeated, because export would bake it in. When the model cannot be traced with a
     free batch, the graph keeps the example's. Raises ModelError with the reason torch.export gives.
+
+    ``foreign``: an operator outside the table becomes a node that carries torch's own, instead of a ModelError. Such a
+    graph can be analysed and run here; no file holds it.
     """
+    _check_float(model)
     twin = structural_copy(model).eval()
     keywords = dict(kwargs or {})
     call = tuple(args)
@@ -48,9 +56,9 @@ def trace(
         try:
             program, example = _export(twin, call, keywords, batch_dim, attempt)
         except _NOT_TRACEABLE as error:
-            reasons.append(_reason(error))
+            reasons.append(_reason(error, place_of(error)))
             continue
-        graph = normalise(program, model, example, names=_parameter_names(twin, len(call)))
+        graph = normalise(program, model, example, names=_parameter_names(twin, len(call)), foreign=foreign)
         infer(graph)
         if not graph.dynamic or _holds_at_other_batches(graph, example, batch_dim):
             return graph
@@ -58,8 +66,24 @@ def trace(
     raise ModelError(
         f"{type(model).__name__} cannot be traced; torch.export says: {(reasons or ['nothing'])[0]} "
         "Change Python control flow that depends on tensor values (.item(), if x.sum() > 0) to torch.where "
-        "or masks, or keep the file without its architecture and load it with into=model."
+        "or masks. What needs no graph works as it is: masks (prune with the pattern weights, blocks or n-m), and a "
+        "file of the weights alone, loaded with into=model."
     )
+
+
+_QUANTIZED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.ao.nn.sparse.quantized")
+
+
+def _check_float(model: nn.Module) -> None:
+    """Quantized layers keep their weights packed where neither export nor any method of ours can see them."""
+    for name, module in model.named_modules():
+        home = type(module).__module__
+        if home.startswith(_QUANTIZED) and not home.startswith("torch.ao.nn.quantized.reference"):
+            raise ModelError(
+                f"The layer {name or type(model).__name__} is already quantized ({home.split('.modules')[0]}."
+                f"{type(module).__name__}); models with float weights are allowed. Give the float model it was made "
+                "from."
+            )
 
 
 def _check_runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -69,7 +93,7 @@ def _check_runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
             model(*args, **kwargs)
     except Exception as error:
         raise ModelError(
-            f"{type(model).__name__} cannot be run on the example: {_reason(error)} "
+            f"{type(model).__name__} cannot be run on the example: {_reason(error, place_of(error))} "
             "Check the example's shapes and dtypes."
         ) from error
 
@@ -126,11 +150,11 @@ def _of_the_user(hook: Any) -> bool:
 _NOT_TRACEABLE = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError, NotImplementedError)
 
 
-def _reason(error: BaseException) -> str:
-    """The first sentence of what torch said, without its log-reading advice."""
+def _reason(error: BaseException, place: str = "") -> str:
+    """The first sentence of what torch said, without its log-reading advice, and the place in the user's code."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = lines[0] if lines else type(error).__name__
-    return f"{type(error).__name__}: {text[:300].rstrip('.')}."
+    text = lines[0].split(" (unhinted: ")[0] if lines else type(error).__name__
+    return f"{type(error).__name__}: {text[:300].rstrip('.')}{f', at {place}' if place else ''}."
 
 
 def _parameter_names(model: nn.Module, count: int) -> tuple[str, ...]:
@@ -156,15 +180,11 @@ def _export(
     shapes = _dynamic_shapes(model, args, kwargs, _pytree.tree_unflatten(marks, spec))
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(value=False)  # else attention layers fuse into one opaque operator
-    log = logging.getLogger("torch._subclasses.fake_tensor")
-    silent, log.disabled = log.disabled, True  # what fails is said once, by us
     try:
-        with torch.no_grad(), warnings.catch_warnings(), idle_autocast():  # no_grad: a block inside adds no subgraph
-            warnings.simplefilter("ignore")
+        with torch.no_grad(), quiet(), idle_autocast():  # no_grad: a block inside adds no subgraph
             program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
     finally:
         torch.backends.mha.set_fastpath_enabled(value=fast)
-        log.disabled = silent
     return program, flat
 
 

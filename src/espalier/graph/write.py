@@ -9,6 +9,7 @@ from espalier.graph.check import MAX_RANK
 from espalier.graph.codec import Writer, zigzag
 from espalier.graph.graph import KINDS, ROLES, Arg, Branch, Graph, Input, Node, Tree, Value, Weight, usual_role
 from espalier.graph.operators import TABLE
+from espalier.graph.operators.foreign import outside, shown
 from espalier.graph.operators.schema import DTYPES, MAX_LIST, Parameter
 
 VERSION = 1
@@ -70,6 +71,8 @@ class GraphWriter(Writer):
             self.number(self.numbers[name])
 
     def _node(self, node: Node) -> None:
+        if node.overload is not None:
+            raise outside(shown(node.op, node.path))
         operator = TABLE[node.op]
         given = {p.name for p in operator.parameters if p.name in node.args and not p.is_default(node.args[p.name])}
         self.number(operator.code)

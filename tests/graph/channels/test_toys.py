@@ -141,7 +141,26 @@ def test_the_reasons_name_what_protects() -> None:
     toy = next(toy for toy in TOYS if toy.name == "chain")
     reasons = {(p.tensor, p.dim): p.reason for p in groups_of(toy.build(), toy.call).protected}
     assert reasons["5.weight", 0] == "it decides the shape of the output"
-    assert "conv2d in 0" in reasons["0.weight", 1]
+    assert reasons["0.weight", 1] == "it meets the model's input at conv2d in 0"
+
+
+def test_the_input_is_named_also_when_it_is_prepared_first() -> None:
+    class Prepared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mean", torch.rand(8))
+            self.scale = nn.Parameter(torch.rand(8))
+            self.a, self.b, self.c = nn.Linear(8, 6), nn.Linear(8, 6), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = (x - self.mean).flatten(1)
+            return self.c(self.a(x) + self.b(self.scale * x))
+
+    found = groups_of(Prepared(), (torch.randn(4, 8),))
+    reasons = {(p.tensor, p.dim): p.reason for p in found.protected}
+    assert reasons["a.weight", 1] == "it meets the model's input at linear in a"
+    assert reasons["scale", 0] == "it meets the model's input at mul"
+    assert reasons["b.weight", 1] == "it meets something at linear in b that may not shrink"
 
 
 def test_every_rule_is_for_an_operator_of_the_table() -> None:

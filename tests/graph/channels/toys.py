@@ -474,6 +474,55 @@ def unknown_operator() -> nn.Module:
     return Net(run, a=conv(3, 6), b=conv(6, 5), o=conv(5, 2))
 
 
+@torch.library.custom_op("espalier_tests::halved", mutates_args=())
+def halved(x: Tensor, places: list[int], note: str = "") -> tuple[Tensor, Tensor]:
+    """An operator of the user's own."""
+    return x / 2, x.sum(places)
+
+
+@halved.register_fake
+def _(x: Tensor, places: list[int], note: str = "") -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty([n for k, n in enumerate(x.shape) if k not in places])
+
+
+# of the one call below
+halved.register_autograd(lambda _, a, b: (a / 2 + b[:, :, None, None], None, None))
+
+
+@toy(image(), expected="channels 7, channels 5", boundaries=1)
+def spectrum_between_layers() -> nn.Module:
+    def run(s: Any, x: Tensor) -> Tensor:
+        y = s.b(s.a(x).relu())
+        z = torch.fft.rfft2(y).abs()
+        return s.o(s.c(z).relu())
+
+    return Net(run, a=conv(3, 7), b=conv(7, 6), c=conv(6, 5), o=conv(5, 2))
+
+
+@toy(image(), expected="channels 5", boundaries=2)
+def convolution_by_spectra() -> nn.Module:
+    def run(s: Any, x: Tensor) -> Tensor:
+        y = s.a(x)
+        spectrum = torch.fft.fft2(y.to(torch.complex64), norm="ortho") * torch.fft.fft2(s.w, s=y.shape[2:])
+        return s.o(s.b(torch.fft.ifft2(spectrum).real).relu())
+
+    return Net(run, a=conv(3, 6), w=torch.randn(6, 3, 3), b=conv(6, 5), o=conv(5, 2))
+
+
+@toy(image(), expected="channels 7, channels 4", boundaries=1)
+def operator_of_the_users_own() -> nn.Module:
+    def run(s: Any, x: Tensor) -> Tensor:
+        y, z = halved(s.b(s.a(x).relu()), [2, 3], note="here")
+        return s.p(s.c(y + z[:, :, None, None]).relu())
+
+    return Net(run, a=conv(3, 7), b=conv(7, 5), c=conv(5, 4), p=conv(4, 2))
+
+
+@toy(image(), expected="channels 5")
+def spectrum_of_the_input() -> nn.Module:
+    return Net(lambda s, x: s.o(s.a(torch.view_as_real(torch.fft.fft2(x)).mean(4)).relu()), a=conv(3, 5), o=conv(5, 2))
+
+
 @toy(image(), expected="channels 5")
 def sorted_channels() -> nn.Module:
     return Net(lambda s, x: s.o(s.b(s.a(x).sort(1)[0]).relu()), a=conv(3, 6), b=conv(6, 5), o=conv(5, 2))

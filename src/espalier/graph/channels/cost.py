@@ -11,7 +11,7 @@ from espalier.graph.channels.flow import Flow
 from espalier.graph.channels.groups import kept_sizes
 from espalier.graph.channels.rewrite import Gone, rewritten_node
 from espalier.graph.check import with_defaults
-from espalier.graph.operators import TABLE
+from espalier.graph.operators import operator_of
 
 
 def parameters(flow: Flow, gone: Gone) -> int:
@@ -31,7 +31,7 @@ def multiply_adds(flow: Flow, gone: Gone) -> float:
     """Multiply-accumulates left for one sample (the analysis runs several; dynamic graphs scale with the batch)."""
     total = 0
     for number, node in enumerate(flow.graph.nodes):
-        operator = TABLE[node.op]
+        operator = operator_of(node)
         if operator.macs is None:
             continue
         small = rewritten_node(flow, number, gone)

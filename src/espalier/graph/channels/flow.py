@@ -10,8 +10,9 @@ from torch import Tensor
 
 from espalier.graph.channels.atoms import Atoms, Ids, Labels
 from espalier.graph.check import infer, with_defaults
-from espalier.graph.graph import Arg, Graph, Node, Value, Weight, leaves
-from espalier.graph.operators import operator_named
+from espalier.graph.graph import Arg, Graph, Node, Value, Weight, leaves, references
+from espalier.graph.operators import operator_of
+from espalier.graph.operators.foreign import shown
 
 EXAMPLE_BATCH = 3
 """Batch size of the analysis: no power of two, so that it is not mistaken for a number of channels."""
@@ -21,7 +22,9 @@ EXAMPLE_BATCH = 3
 class Flow:
     """The labels of every value and tensor of ``graph``, and the atoms they are made of.
 
-    ``boundaries``: operators without a rule that channels met; what reaches them stays whole.
+    ``boundaries``: operators without a rule that channels met; what reaches them stays whole. ``given``: the values
+    that are the model's input, or made of it without parameters. ``here``: the operator at work;
+    ``met``: the reason of channels that meet what it fixes.
     """
 
     graph: Graph
@@ -30,7 +33,9 @@ class Flow:
     values: list[Any] = field(default_factory=list)
     tensors: dict[str, Labels] = field(default_factory=dict)
     boundaries: list[str] = field(default_factory=list)
+    given: set[int] = field(default_factory=set)
     here: str = ""
+    met: str = ""
 
     def tensor(self, name: str) -> Labels:
         """Labels of a parameter or buffer, new where it is met for the first time."""
@@ -49,14 +54,14 @@ class Flow:
 
     def arguments(self, node: Node) -> dict[str, Any]:
         """All arguments of a node by name, defaults filled in."""
-        operator = operator_named(node.op)
+        operator = operator_of(node)
         return with_defaults(operator, {name: self.look_up(arg) for name, arg in node.args.items()})
 
     # --- what rules say --------------------------------------------------------------------------
 
     def tie(self, a: Ids | None, b: Ids | None) -> None:
         """Atoms at the same position go together."""
-        self.atoms.tie(a, b, f"it meets something at {self.here} that may not shrink")
+        self.atoms.tie(a, b, self.met)
 
     def pin(self, ids: Ids | None, reason: str = "") -> None:
         """These atoms stay."""
@@ -135,13 +140,31 @@ def follow(graph: Graph) -> Flow:
     flow = Flow(graph, metas)
     for number, _ in enumerate(graph.inputs):
         flow.values.append(Labels.fixed(metas[number].shape))
+        flow.given.add(number)
     for number, node in enumerate(graph.nodes, len(graph.inputs)):
-        flow.here = f"{node.op}" + (f" in {node.path}" if node.path else "")
+        flow.here = shown(node.op, node.path)
+        flow.met = f"it meets something at {flow.here} that may not shrink"
+        read = [flow.values[arg.index] for arg in references(node) if isinstance(arg, Value)]
+        mine = [arg.index in flow.given for arg in references(node) if isinstance(arg, Value)]
+        if any(mine) and all(given or not _fixed(x) for given, x in zip(mine, read, strict=True)):
+            flow.met = f"it meets the model's input at {flow.here}"
         flow.values.append(_apply(flow, RULES.get(node.op), node, metas[number]))
+        if mine and all(mine) and not _parameters(graph, node) and _fixed(flow.values[-1]):
+            flow.given.add(number)
     for leaf in leaves(graph.output):
         if isinstance(leaf, Value | Weight):
             flow.pin_all(flow.look_up(leaf), "it decides the shape of the output")
     return flow
+
+
+def _fixed(thing: Any) -> bool:
+    """Whether nothing can be taken from any of it."""
+    return all(ids is None for labels in all_labels(thing) for ids in labels.ids)
+
+
+def _parameters(graph: Graph, node: Node) -> bool:
+    names = [arg.name for arg in references(node) if isinstance(arg, Weight)]
+    return any(graph.tensors[name].role in ("parameter", "frozen") for name in names)
 
 
 def _apply(flow: Flow, rule: Any, node: Node, out: Any) -> Any:

@@ -19,7 +19,7 @@ from espalier.graph.channels.groups import kept_index
 from espalier.graph.channels.rewrite import Gone, rewritten_node
 from espalier.graph.check import resolve
 from espalier.graph.graph import Value, Weight, references
-from espalier.graph.operators import TABLE
+from espalier.graph.operators import operator_of
 from espalier.graph.operators.schema import call
 from espalier.graph.trees import fill
 
@@ -66,7 +66,7 @@ def run_node(
 ) -> Any:
     """Node ``number`` of the full graph on ``values`` and ``tensors``, with ``gone`` cut out of what it reads."""
     node = flow.graph.nodes[number]
-    operator = TABLE[node.op]
+    operator = operator_of(node)
     touched = any(ids is not None and gone[ids].any() for x in all_labels(flow.arguments(node)) for ids in x.ids)
     out = flow.values[len(flow.graph.inputs) + number]
     compact = touched and node.op in STATISTICS

@@ -7,7 +7,8 @@ cannot follow (head counts written into it, chunks of unequal size), the rewritt
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -26,6 +27,7 @@ from espalier.graph.channels.reference import masked_outputs
 from espalier.graph.channels.rewrite import Gone, indices, without
 from espalier.graph.edit import AsGraph, state_of
 from espalier.graph.graph import CONSTANT_PREFIX, Graph, Input, Value
+from espalier.graph.operators.foreign import shown
 from espalier.graph.runner import Runner, inputs_of
 from espalier.graph.trace import structural_copy, trace, user_hooks
 from espalier.graph.trees import fill
@@ -53,10 +55,10 @@ def groups_of(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, A
     """Channel groups of ``model`` called as ``model(*args, **kwargs)``.
 
     Data-parallel and compiled wrappers must be taken off before; training forms count by their effective weights.
-    Raises ModelError where the model cannot be traced.
+    Operators the graph's table lacks are boundaries. Raises ModelError where the model cannot be traced.
     """
     bare = plain(model) if any(slot.form is not None for slot in slots(model).values()) else model
-    return channel_groups(trace(bare, args, kwargs))
+    return channel_groups(trace(bare, args, kwargs, foreign=True))
 
 
 def cut(flow: Flow, gone: Gone) -> tuple[Edit, ...]:
@@ -81,7 +83,8 @@ def remove(
     """Take the ``chosen`` units (group name -> mask over its units) out of ``model``, in place where its code allows.
 
     ``args``, ``kwargs``: the call to check with. ``optimizer``: its state is cut along.
-    Raises ModelError when the result differs from the masked reference; the model is then unusable.
+    Raises ModelError when the result differs from the masked reference, or when the graph would have to take the
+    model's place and holds an operator that no file can; the model is then unusable.
     """
     flow, history = groups.flow, applied(model)
     gone = groups.removed_atoms(dict(chosen))
@@ -93,7 +96,8 @@ def remove(
     ]
     args, keywords = fill(groups.graph.call, lambda leaf: inputs[leaf.index] if isinstance(leaf, Value) else None)
     tensors = {**state_of(model), **groups.graph.constants}
-    expected = masked_outputs(flow, tensors, inputs, gone)
+    with _same_draws(inputs):
+        expected = masked_outputs(flow, tensors, inputs, gone)
     cuts = cut(flow, gone)
     sizes = tuple(attribute_edits(model, groups.graph, graph))
     kind: Literal["module", "graph"] = "module"
@@ -110,6 +114,14 @@ def remove(
             reason = "" if difference <= TOLERANCE else f"its outputs are off by {difference:.2g}"
         except Exception as error:
             reason = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
+        if reason and graph.foreign:
+            uses = ", ".join(dict.fromkeys(shown(node.op, node.path) for node in graph.foreign))
+            raise ModelError(
+                f"the code of {type(model).__name__} does not follow the removal of channels ({reason}), and its graph "
+                f"cannot take its place: it would need {uses}, which the graph's closed operator set does not have. "
+                "Make the code take its sizes from its tensors, rewrite that operator with standard layers, or leave "
+                "the layers between alone."
+            )
         if reason:
             kind, plan = "graph", Plan((*cuts, AsGraph.of(graph)))
             if hooked := user_hooks(model):
@@ -130,10 +142,20 @@ def remove(
     return Removed(model, plan, kind, reason, difference, graph)
 
 
+@contextmanager
+def _same_draws(inputs: Sequence[Tensor]) -> Iterator[None]:
+    """Random numbers that a model draws itself come out the same in every run; the caller's generators stay."""
+    cards = sorted({x.device.index for x in inputs if x.is_cuda})
+    with torch.random.fork_rng(devices=cards):
+        for generator in (torch.default_generator, *(torch.cuda.default_generators[card] for card in cards)):
+            generator.manual_seed(0)
+        yield
+
+
 def _difference(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], expected: Any) -> float:
     if user_hooks(model):  # of which the reference knows nothing
         model = structural_copy(model)
-    with evaluating(model):
+    with evaluating(model), _same_draws(_tensors([*args, kwargs])):
         found = model(*args, **kwargs)
     pairs = list(zip(_tensors(found), _tensors(expected), strict=True))
     if any(a.shape != b.shape for a, b in pairs):

@@ -11,7 +11,9 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from espalier.core.errors import ModelError, did_you_mean
+from espalier.graph.graph import Node
 from espalier.graph.operators import algebra, elementwise, reduction, shaping
+from espalier.graph.operators.foreign import foreign
 from espalier.graph.operators.schema import Operator
 
 TABLE: Mapping[str, Operator] = MappingProxyType(
@@ -28,4 +30,9 @@ def operator_named(name: str) -> Operator:
     return TABLE[name]
 
 
-__all__ = ["BY_ATEN", "BY_CODE", "TABLE", "Operator", "operator_named"]
+def operator_of(node: Node) -> Operator:
+    """What computes ``node``: its row of the table, or the overload it carries. Raises ModelError for neither."""
+    return operator_named(node.op) if node.overload is None else foreign(node.overload)
+
+
+__all__ = ["BY_ATEN", "BY_CODE", "TABLE", "Operator", "operator_named", "operator_of"]

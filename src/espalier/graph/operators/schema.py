@@ -8,6 +8,7 @@ A signature is a line such as ``"input:T weight:T bias:T?=None stride:P=[1,1] *s
     i  integer           u  integer >= 0       p  integer >= 1              I U P  lists of them
     f  float             F  list of floats     b  bool                      d  dtype name
     G  list of integers >= 0, or "same" / "valid"    e  einsum equation     {a,b}  one of these words
+    *  anything, in rows of foreign operators only, which no file can name
 
 A *size* is an integer computed by an earlier node (the batch size and what follows from it).
 """
@@ -39,6 +40,7 @@ DTYPES: tuple[str, ...] = (
 )
 """Tensor dtypes a graph may name, in the order of their codes in the file."""
 
+ANY = "*"
 MAX_INT = 2**31 - 1
 MAX_LIST = 4096
 MAX_PIECES = 4096
@@ -175,6 +177,7 @@ _SCALARS: dict[str, Callable[[Arg], bool]] = {
     "b": lambda v: isinstance(v, bool),
     "d": lambda v: isinstance(v, str) and v in DTYPES,
     "e": lambda v: isinstance(v, str) and _EQUATION.fullmatch(v) is not None,
+    ANY: lambda _: True,
 }
 _LISTS = {"N": "n", "I": "i", "U": "u", "P": "p", "F": "f", "L": "T"}
 

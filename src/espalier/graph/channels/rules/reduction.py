@@ -150,8 +150,10 @@ RULES: dict[str, Rule] = {
     **{
         f"{name}{rank}d": _windows(rank)
         for rank in (1, 2, 3)
-        for name in ("max_pool", "avg_pool", "adaptive_avg_pool", "adaptive_max_pool", "upsample_nearest")
+        for name in ("max_pool", "avg_pool", "adaptive_avg_pool", "upsample_nearest")
     },
+    "adaptive_max_pool1d": _windows(1),
+    "adaptive_max_pool2d": _windows(2),
     "max_pool2d_indices": _windows(2),
     "upsample_linear1d": _windows(1),
     "upsample_bilinear2d": _windows(2),
