@@ -28,7 +28,7 @@ def graph_of(model: nn.Module, context: Context) -> Graph:
     """The model traced on the task's example."""
     bare = plain(model)
     args, kwargs = capture_call(context.data, bare, to_device(context.data.example(), device_of(bare)))
-    return trace(bare, args, kwargs)
+    return trace(bare, args, kwargs, foreign=True)
 
 
 def merge_linear(model: nn.Module, context: Context, rule: Rule = "smaller") -> list[str]:
