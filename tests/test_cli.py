@@ -10,7 +10,10 @@ import time
 
 import pytest
 
-from espalier.cli.main import main, parse_step
+from espalier.cli.amounts import parse_amount
+from espalier.cli.goal import Goal
+from espalier.cli.main import main
+from espalier.cli.recipes import parse_step
 from espalier.core.errors import UsageError
 
 PROJECT = """
@@ -222,6 +225,296 @@ def test_a_step_that_is_none(text):
 def test_a_step_is_read_as_yaml():
     step = parse_step("prune.prune sparsity=0.9 schedule=cubic layers='[\"*.weight\"]'")
     assert step == {"prune.prune": {"sparsity": 0.9, "schedule": "cubic", "layers": ["*.weight"]}}
+
+
+# --- whose mistake it is -------------------------------------------------------------------------
+
+MODEL = "    return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10))"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("import torch\n", "import nothere\n", ("project.py line 2: ModuleNotFoundError: No module", "Install it")),
+        (
+            MODEL,
+            "    return torch.load('weights.pt')",
+            ("line 8, in model(): FileNotFoundError", "weights.pt", "folder"),
+        ),
+        (MODEL, "    return {}['fc']", ("project.py line 8, in model(): KeyError: 'fc'.",)),
+        (MODEL, "    raise SystemExit(0)", ("project.py ended the program", "__main__")),
+        ("    data = es", "    import helper\n    data = es", ("helper.py line 2, in <error>",)),
+        ('"digits"', '"digits", nothing=1', ("project.py line 11, in task(): TypeError", "nothing")),
+    ],
+    ids=["import", "file", "key", "exit", "helper", "argument"],
+)
+def test_what_goes_wrong_in_the_project_is_one_sentence(espalier, folder, monkeypatch, old, new, words):
+    assert old in PROJECT
+    (folder / "project.py").write_text(PROJECT.replace(old, new, 1))
+    (folder / "helper.py").write_text("def error():\n    raise RuntimeError('of the helper')\nerror()\n")
+    monkeypatch.delitem(sys.modules, "helper", raising=False)
+    said = refused(
+        espalier("inspect", "project.py"), *(word.replace("<error>", "error(): RuntimeError") for word in words)
+    )
+    assert len(said.strip().splitlines()) == 1
+    assert said.count("project.py line") <= 1
+
+
+def test_a_syntax_error_is_named_where_it_is(espalier, folder):
+    (folder / "broken.py").write_text("x = 1\ndef y(:\n")
+    (folder / "project.py").write_text("import broken\n" + PROJECT)
+    refused(espalier("inspect", "project.py"), "broken.py line 2: ")
+
+
+def losing(loss: str) -> str:
+    task = f"return es.Task(train=data.train, val=data.val, loss={loss})"
+    return PROJECT.replace("return es.tasks.classification(data.train, data.val, data.test)", task)
+
+
+@pytest.mark.filterwarnings("ignore:Using a target size")
+@pytest.mark.parametrize(
+    ("loss", "words"),
+    [
+        (
+            "lambda output, target: nn.functional.mse_loss(output, target)",
+            ("project.py line 12, in a lambda: Runtime",),
+        ),
+        ("nn.MSELoss()", ("the loss of task(): RuntimeError",)),
+    ],
+)
+def test_a_loss_that_does_not_fit_is_the_user_s(espalier, folder, loss, words):
+    (folder / "project.py").write_text(losing(loss))
+    arguments = ("--sparsity", "50%", "--epochs", "1", "--out", "run", "--json")
+    refused(espalier("prune", "project.py", *arguments), *words, "ESPALIER_DEBUG=1")
+
+
+def test_batches_that_do_not_fit_are_the_user_s(espalier, folder):
+    loader = (
+        "torch.utils.data.DataLoader([(torch.zeros(1, 8, 8 + (n > 5)), 0) for n in range(8)], batch_size=4)"
+    )  # fmt: skip
+    (folder / "project.py").write_text(PROJECT.replace("data.val", loader))
+    refused(espalier("inspect", "project.py"), "the data of task(): RuntimeError: stack expects")
+
+
+def test_the_traceback_is_there_where_it_is_wanted(espalier, folder, monkeypatch):
+    monkeypatch.setenv("ESPALIER_DEBUG", "1")
+    (folder / "project.py").write_text(PROJECT.replace(MODEL, "    return {}['fc']"))
+    code, _, error = espalier("inspect", "project.py")
+    assert code == 2
+    assert "Traceback" in error
+    assert "error: project.py line 8, in model(): KeyError: 'fc'." in error
+
+
+def test_a_mistake_of_espalier_shows_its_traceback(espalier, monkeypatch):
+    monkeypatch.setattr("espalier.core.registry.methods", None)
+    code, _, error = espalier("methods")
+    assert code == 1
+    assert "Traceback" in error
+    assert "mistake in espalier" in error
+    assert "report" in error
+
+
+# --- prune ---------------------------------------------------------------------------------------
+
+UNWRITABLE = PROJECT.replace(
+    "def model():",
+    """class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(64, 16), nn.Linear(16, 10)
+
+    def forward(self, x):
+        return self.b(torch.fft.fft(self.a(x.flatten(1))).real)
+
+def model():""",
+).replace(MODEL, "    return Net()")
+
+
+def test_a_plan_that_misses_its_target_says_so(espalier):
+    code, out, error = espalier("prune", "project.py", "--parameters", "1000x", "--dry-run")
+    assert code == 3, error
+    assert "cannot be reached" in " ".join(out.split())
+    assert "target --parameters 1000x: at most 1.21 of 1,210 parameters asked for, 85 left: missed. Ask for" in out
+    code, out, error = espalier("prune", "project.py", "--parameters", "1000x", "--dry-run", "--json")
+    assert code == 3
+    assert json.loads(out)["target"]["met"] is False
+    assert "missed" in error
+    code, out, _ = espalier("prune", "project.py", "--parameters", "2x", "--dry-run")
+    assert code == 0
+    assert "target --parameters 2x: " in out
+    assert "left: reached." in out
+
+
+def test_a_run_that_misses_its_target_says_so_with_the_reason(espalier, folder):
+    code, out, error = espalier("prune", "project.py", "--parameters", "1000x", "--out", "run", "--resume")
+    assert code == 3, error
+    assert "note: there is no run in run to go on with; a new one starts there." in error
+    said = " ".join(out.split())
+    assert "the parameters asked for cannot be reached" in said
+    assert "kept at one unit, the least there can be: 1." in said
+    assert "85 left: missed" in said
+    assert (folder / "run" / "model.espalier").is_file()
+    code, out, error = espalier("prune", "project.py", "--parameters", "1000x", "--out", "run", "--resume", "--json")
+    assert code == 3
+    assert "note:" not in error
+    assert "missed" in error
+    assert json.loads(out) == json.loads((folder / "run" / "record.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("measure", "share", "left", "after", "met"),
+    [
+        ("parameters", 0.5, None, 510, True),
+        ("parameters", 0.5, None, 511, False),
+        ("macs", 0.0, 100.0, 102, True),
+        ("macs", 0.0, 100.0, 103, False),
+        ("parameters", 0.5, None, 10, True),
+    ],
+)
+def test_a_target_is_missed_by_more_than_two_percent(measure, share, left, after, met):
+    verdict = Goal("--x", measure, share, left).of_plan({measure: (1000, after)})
+    assert verdict is not None
+    assert verdict.met is met
+    assert ("missed" in str(verdict)) is not met
+
+
+def test_units_go_whole_and_in_multiples():
+    groups = [{"before": 3, "after": 2}, {"before": 5, "after": 3}]
+    assert Goal("--channels 50%", "units", 0.5).of_plan({"groups": groups}).met
+    whole = [{"before": 30, "after": 30}, {"before": 50, "after": 25}]
+    assert not Goal("--channels 50%", "units", 0.5).of_plan({"groups": whole}).met
+    assert Goal("--channels 50%", "units", 0.5, multiple=8).of_plan({"groups": whole}).met
+
+
+@pytest.mark.parametrize("measure", ["bytes", "ms"])
+def test_bytes_and_milliseconds_are_judged_where_they_were_measured(measure):
+    goal = Goal("--x", measure, 0.5)
+    assert goal.of_plan({}) is None
+    assert goal.of_plan({"measure": {"name": measure, "before": 4.0, "after": 2.0, "asked": 2.0}}).met
+    assert not goal.of_plan({"measure": {"name": measure, "before": 4.0, "after": 2.1, "asked": 2.0}}).met
+
+
+def test_the_plan_shows_the_measure_that_was_asked_for(espalier):
+    code, out, error = espalier("prune", "project.py", "--size", "1kB", "--dry-run")
+    assert code == 0, error
+    assert "parameters: 1,210 -> " in out
+    if '"measure"' in espalier("prune", "project.py", "--size", "1kB", "--dry-run", "--json")[1]:
+        assert "bytes of the coded weights: " in out
+        assert "target --size 1kB: at most 1,000 of " in out
+
+
+def test_a_target_that_is_there_already(espalier):
+    refused(espalier("prune", "project.py", "--size", "3kB"), "bytes of coded weights already", "Ask for less")
+    refused(espalier("prune", "project.py", "--parameters", "20k"), "the model has 1,210 parameters already")
+
+
+def test_options_that_would_have_no_say_are_refused(espalier):
+    refused(
+        espalier("prune", "project.py", "--channels", "50%", "--pattern", "blocks"), "--pattern blocks", "--sparsity"
+    )
+    refused(espalier("prune", "project.py", "--sparsity", "50%", "--part", "heads"), "--part is about", "--channels")
+    refused(espalier("prune", "project.py", "--sparsity", "50%", "--multiple", "1"), "--multiple is about")
+    refused(espalier("prune", "project.py", "--sparsity", "50%", "--analyse"), "--analyse is about")
+    refused(espalier("prune", "project.py", "--macs", "2x", "--schedule", "cubic"), "--schedule cubic", "--epochs")
+    refused(espalier("prune", "project.py", "--macs", "2x", "--ms", "2x"), "give one of", "got --macs, --ms")
+    refused(espalier("prune", "project.py"), "say how much is to go")
+    refused(espalier("prune", "project.py", "--part", "heads", "--criterion", "magnitude"), "say how much is to go")
+    refused(espalier("prune", "project.py", "--criterion", "magnitude"), "say how much is to go")
+
+
+@pytest.mark.parametrize(
+    ("text", "what", "found"),
+    [
+        ("0.9", "sparsity", (0.9, None)),
+        ("0", "sparsity", (0.0, None)),
+        ("90%", "sparsity", (0.9, None)),
+        ("10x", "sparsity", (0.9, None)),
+        ("0%", "channels", (0.0, None)),
+        ("2x", "macs", (0.5, None)),
+        ("8k", "macs", (None, 8000.0)),
+        ("1.5MB", "size", (None, 1.5e6)),
+        ("0.5", "ms", (None, 0.5)),
+        ("0.5ms", "ms", (None, 0.5)),
+    ],
+)
+def test_amounts(text, what, found):
+    assert parse_amount(text, what) == pytest.approx(found)
+
+
+@pytest.mark.parametrize(
+    ("text", "what", "hint"),
+    [
+        ("1.0", "sparsity", ""),
+        ("-0.1", "sparsity", ""),
+        ("100%", "sparsity", ""),
+        ("90", "sparsity", "Did you mean 90%?"),
+        ("0.5", "channels", "Did you mean 50%?"),
+        ("0.5", "macs", "Did you mean 50%?"),
+        ("8k", "channels", ""),
+        ("0.5x", "macs", ""),
+        ("0", "ms", ""),
+        ("5 apples", "size", ""),
+    ],
+)
+def test_amounts_that_are_none_name_their_own_option(text, what, hint):
+    with pytest.raises(UsageError) as said:
+        parse_amount(text, what)
+    assert str(said.value).startswith(f"--{what} {text!r} is not understood: write ")
+    assert str(said.value).endswith(hint or ".")
+    assert ("Did you mean" in str(said.value)) is bool(hint)
+
+
+def test_a_plan_of_single_weights(espalier):
+    code, out, error = espalier("prune", "project.py", "--sparsity", "75%", "--dry-run", "--json")
+    assert code == 0, error
+    found = json.loads(out)
+    rows = {row["name"]: (row["weights"], row["zeros_before"], row["zeros_after"]) for row in found["layers"]}
+    assert rows == {"1.weight": (1024, 0, 768), "3.weight": (160, 0, 120)}
+    arguments = ("--sparsity", "75%", "--layers", "1.weight", "--epochs", "9", "--schedule", "cubic", "--dry-run")
+    code, out, error = espalier("prune", "project.py", *arguments)
+    assert code == 0, error
+    assert "768" in out
+    assert "not among the chosen layers: 3.weight" in out
+    assert "with --epochs the choice is made while they train" in out
+    code, out, error = espalier("prune", "project.py", "--pattern", "n-m", "--dry-run")  # decides how much by itself
+    assert code == 0, error
+    assert "50.0%" in out
+
+
+def test_steps_that_have_no_plan_say_what_to_do(espalier):
+    dry = ("prune", "project.py", "--sparsity", "50%", "--dry-run")
+    refused(espalier(*dry, "--pattern", "layers"), "pattern layers decides while it works", "without --dry-run")
+    moving = ("--criterion", "movement", "--epochs", "2", "--schedule", "linear")
+    refused(espalier(*dry, *moving), "--dry-run does not train", "movement", "without --dry-run")
+
+
+def test_a_plan_without_anything_to_do_says_so(espalier):
+    code, out, _ = espalier("prune", "project.py", "--channels", "0%", "--dry-run")
+    assert code == 0
+    assert "nothing goes: " in out
+    code, out, _ = espalier("prune", "project.py", "--sparsity", "0", "--dry-run")
+    assert code == 0
+    assert "nothing goes: " in out
+
+
+def test_a_run_whose_architecture_does_not_travel_is_exported_with_its_project(espalier, folder):
+    (folder / "project.py").write_text(UNWRITABLE)
+    code, _, error = espalier("prune", "project.py", "--sparsity", "50%", "--out", "run", "--json")
+    assert code == 0, error
+    assert "weights only" in error
+    code, out, error = espalier("export", "run", "--to", "safetensors")
+    assert code == 0, error
+
+    from safetensors.numpy import load_file
+
+    assert (load_file("run/model.safetensors")["a.weight"] == 0).mean() == 0.5
+    code, out, error = espalier("bench", "run", "--repeats", "3", "--json")
+    assert code == 0, error
+    assert list(json.loads(out)) == ["original", "compressed"]
+    (folder / "run" / "project.txt").unlink()
+    refused(espalier("export", "run", "--to", "safetensors"), "weights only", "--project project.py")
+    code, _, error = espalier("export", "run/model.espalier", "--project", "project.py", "--to", "safetensors")
+    assert code == 0, error
 
 
 # --- what it prints ------------------------------------------------------------------------------

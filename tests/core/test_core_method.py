@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import inspect
 import math
+import pickle
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from espalier.core.errors import UsageError, did_you_mean
 from espalier.core.fields import Bits, Count, LearningRate, Range, Sparsity
 from espalier.core.method import Method, check_names, clone, describe_error, fields_of, fits, parse_card, ranges
+from espalier.prune import Prune, Wanda
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,3 +209,32 @@ def test_did_you_mean() -> None:
 def test_describe_error() -> None:
     assert describe_error(UsageError("plain words")) == "plain words"
     assert describe_error(KeyError("k")) == "KeyError: 'k'"
+
+
+def test_a_wrong_field_is_met_with_close_ones_when_the_object_is_made() -> None:
+    with pytest.raises(UsageError, match=r"toy.toy has no field 'sparcity'. Did you mean 'sparsity'\? Its fields: sp"):
+        Toy(sparcity=0.5)  # type: ignore[call-arg]
+    with pytest.raises(UsageError, match=r"Toy takes its fields by name, Toy\(field=value\); got 1 without: 0.5"):
+        Toy(0.5)  # type: ignore[misc]
+    made = Toy(sparsity=0.25)
+    assert copy.deepcopy(made) == made == pickle.loads(pickle.dumps(made))  # noqa: S301 - our own bytes
+    assert list(inspect.signature(Toy).parameters)[:2] == ["sparsity", "lr"]
+
+
+@pytest.mark.parametrize(
+    ("made", "words"),
+    [
+        (lambda: Prune(criterion="wanda"), r"criterion='wanda' is a name.*itself\. Pass criterion=es.prune.Wanda\(\)"),
+        (lambda: Prune(criterion="prune.wanda"), r"Pass criterion=es.prune.Wanda\(\)"),
+        (lambda: Prune(criterion="magnitud"), r"Did you mean 'magnitude'\? Pass criterion=es.prune.Magnitude\(\)"),
+        (lambda: Prune(scope="zzz"), r"Allowed: apart, global, .*For example scope=es.prune.Layer\(\)"),
+        (lambda: Prune(penalties=("l1",)), r"penalties='l1' is a name.*penalties=\(es.train.L1\(\),\)"),
+        (lambda: Prune(criterion=Wanda), r"got the class Wanda; pass an object: criterion=es.prune.Wanda\(\)"),
+        (lambda: Prune(criterion=nn.ReLU), r"is not of type Criterion"),
+        (lambda: Prune(criterion=3), r"criterion=3 is not of type Criterion"),
+        (lambda: Toy(inner="inner"), r"inner got the name 'inner'; pass an object of a class of type Inner"),
+    ],
+)
+def test_the_name_of_a_part_in_place_of_the_part(made: Any, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        made()

@@ -147,3 +147,43 @@ def test_a_record_travels_as_plain_data() -> None:
     record = Record("01-prune", "prune.prune", fields={"sparsity": 0.5}, notes=["x"])
     record.skipped.append({"name": "a", "reason": "b"})
     assert Record.from_json(record.to_json()) == record
+
+
+class Remembering(nn.Linear):
+    """A layer whose state dict holds more than tensors."""
+
+    def get_extra_state(self) -> Any:
+        return {"seen": 3}
+
+    def set_extra_state(self, state: Any) -> None:
+        pass
+
+
+def test_entries_that_are_no_tensors_are_left_out() -> None:
+    model = nn.Sequential(Remembering(2, 2), nn.ReLU())
+    check_finite(model, "now")
+    assert digest(copy_model(model)) == digest(model)
+    before = digest(model)
+    with torch.no_grad():
+        model[0].weight.add_(1)
+    assert digest(model) != before
+
+
+@pytest.mark.filterwarnings("ignore")  # torch announces the end of its eager quantization
+def test_a_quantized_model_is_refused_with_its_layers() -> None:
+    float_model = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), nn.Linear(4, 2))
+    quantized = torch.ao.quantization.quantize_dynamic(float_model, {nn.Linear})
+    for refuse in (copy_model, lambda model: check_finite(model, "now")):
+        with pytest.raises(ModelError, match=r"quantized already: 0\.0 \(torch.*\.Linear\), 1 .*give the float model"):
+            refuse(quantized)
+    holder = nn.Module()
+    holder.register_buffer("codes", torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8))
+    with pytest.raises(ModelError, match="the model itself"):
+        copy_model(holder)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_model_prepared_for_quantization_is_float() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), torch.ao.quantization.QuantStub())
+    model.add = torch.ao.nn.quantized.FloatFunctional()
+    check_finite(copy_model(model), "now")

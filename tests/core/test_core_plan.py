@@ -15,6 +15,7 @@ from torch import nn
 from espalier.core.errors import (
     Corrupt,
     EspalierError,
+    EspalierWarning,
     FileError,
     LimitExceeded,
     ModelError,
@@ -379,3 +380,87 @@ def test_set_attribute_takes_lists_for_tuples() -> None:
     model = nn.Sequential(nn.Conv2d(1, 1, 3), nn.Flatten())
     Plan.from_json([{"edit": "set", "path": "0", "name": "padding", "value": [1, 1]}]).apply(model)
     assert model[0].padding == (1, 1)
+
+
+CUT = Plan(
+    (
+        Keep(tensor="0.weight", dim=0, index=(3, 0)),
+        Keep(tensor="0.bias", dim=0, index=(3, 0)),
+        Keep(tensor="2.weight", dim=1, index=(3, 0)),
+        SetAttribute(path="0", name="out_features", value=2),
+        SetAttribute(path="2", name="in_features", value=2),
+    )
+)
+
+
+def trained(build: Any) -> tuple[nn.Sequential, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    optimizer = build(model.parameters())
+    step(model, optimizer)
+    return model, optimizer
+
+
+def step(model: nn.Sequential, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.zero_grad()
+    model(torch.randn(5, 4)).square().sum().backward()
+    optimizer.step()
+
+
+def test_factored_state_is_cut_where_it_has_the_dimension() -> None:
+    model, optimizer = trained(torch.optim.Adafactor)
+    first, last = (dict(optimizer.state[model[i].weight]) for i in (0, 2))
+    CUT.apply(model, optimizer)
+    cut = optimizer.state[model[0].weight]
+    assert bits(cut["row_var"]) == bits(first["row_var"][[3, 0]])
+    assert bits(cut["col_var"]) == bits(first["col_var"])
+    cut = optimizer.state[model[2].weight]
+    assert bits(cut["row_var"]) == bits(last["row_var"])
+    assert bits(cut["col_var"]) == bits(last["col_var"][:, [3, 0]])
+    step(model, optimizer)
+
+
+def test_state_follows_an_order_too() -> None:
+    model, optimizer = trained(torch.optim.Adam)
+    before = optimizer.state[model[0].bias]["exp_avg"].clone()
+    order = (5, 4, 3, 2, 1, 0)
+    Plan((Keep(tensor="0.bias", dim=0, index=order),)).apply(model, optimizer)
+    assert bits(optimizer.state[model[0].bias]["exp_avg"]) == bits(before[list(order)])
+
+
+@pytest.mark.parametrize(
+    "odd", [torch.ones(4), torch.ones(6, 6), [torch.ones(6, 4)]], ids=["other axes", "other sizes", "list"]
+)
+def test_state_that_cannot_be_cut_is_dropped_with_a_warning(odd: Any) -> None:
+    model, optimizer = trained(torch.optim.Adam)
+    optimizer.state[model[0].weight]["odd"] = odd
+    with pytest.warns(EspalierWarning, match=r"Adam keeps state .*0\.weight: odd.*starts afresh"):
+        CUT.apply(model, optimizer)
+    assert model[0].weight not in optimizer.state
+    assert optimizer.state[model[0].bias]["exp_avg"].shape == (2,)
+    step(model, optimizer)
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_warning_comes_before_anything_is_changed() -> None:
+    model, optimizer = trained(torch.optim.Adam)
+    optimizer.state[model[2].weight]["odd"] = torch.ones(4)
+    before = bits(model.state_dict())
+    with pytest.raises(EspalierWarning):
+        CUT.apply(model, optimizer)
+    assert bits(model.state_dict()) == before
+    assert applied(model) == Plan()
+    assert optimizer.state[model[0].weight]["exp_avg"].shape == (6, 4)
+
+
+def test_a_table_is_not_cut_and_neither_is_its_state() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    index = torch.arange(24).reshape(6, 4) % 6
+    attach(slots(model)["0.weight"], Shared(index, torch.linspace(-1, 1, 6), zero=False))
+    table = slots(model)["0.weight"].latent
+    optimizer = torch.optim.Adam(model.parameters())
+    step(model, optimizer)
+    before = optimizer.state[table]["exp_avg"].clone()
+    CUT.apply(model, optimizer)
+    assert bits(optimizer.state[table]["exp_avg"]) == bits(before)
+    step(model, optimizer)

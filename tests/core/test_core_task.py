@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from espalier.core.errors import DataError, NeedError, NumericError, UsageError
+from espalier.core.errors import DataError, ModelError, NeedError, NumericError, UsageError
 from espalier.core.metric import Accuracy, Agreement, Loss, Metric, Score, first_tensor
 from espalier.core.task import Task, capture_call, classification, default_predict, default_target, to_device
 from espalier.testing import EXAMPLES, fingerprint
@@ -244,3 +244,41 @@ def test_measure_does_not_keep_the_model_in_eval_when_the_data_fails() -> None:
     with pytest.raises(OSError, match="disk gone"):
         classification(val=Failing()).measure(model, "val")
     assert fingerprint(model) == before
+
+
+@pytest.mark.parametrize(
+    ("output", "target", "error", "words"),
+    [
+        (torch.zeros(4, 5, 7), torch.zeros(4, 5), ModelError, r"\(4, 5, 7\) and labels \(4, 5\).*movedim\(-1, 1\)"),
+        (torch.zeros(4, 5, 6, 7), torch.zeros(4, 5, 6), ModelError, r"movedim\(-1, 1\)"),
+        (torch.zeros(4, 7), torch.zeros(4, 7), DataError, r"\(4, 7\) and labels \(4, 7\).*class indices"),
+        (torch.zeros(4, 7), torch.zeros(4, 1), DataError, r"labels \(4, 1\)"),
+        (torch.zeros(4, 7), torch.zeros(3), DataError, r"labels \(3,\)"),
+        (torch.zeros(4), torch.zeros(4), ModelError, r"gave a tensor of shape \(4,\)"),
+        ({"logits": torch.zeros(4, 7)}, torch.zeros(4), ModelError, "gave dict.*predict"),
+        (torch.zeros(4, 7), [0, 1, 2, 3], DataError, "came as list"),
+    ],
+)
+def test_accuracy_says_which_shapes_it_takes(output: Any, target: Any, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words) as caught:
+        Accuracy().per_sample(output, target)
+    text = str(caught.value)
+    assert "(n, classes, ...)" in text
+    assert "Task(metric=espalier.tasks.Loss(function))" in text
+
+
+def test_a_language_model_is_told_where_its_classes_belong() -> None:
+    tokens = torch.arange(20).reshape(4, 5) % 7
+    model = nn.Sequential(nn.Embedding(7, 3), nn.Linear(3, 7))
+    with pytest.raises(ModelError, match="The classes stand last"):
+        classification(val=[(tokens, tokens)]).measure(model, "val")
+    with pytest.raises(ModelError, match=r"cross-entropy loss needs.*The classes stand last"):
+        Task().training_loss(model(tokens), (tokens, tokens))
+    moved = Task(val=[(tokens, tokens)], predict=lambda model, batch: model(*batch[:-1]).movedim(-1, 1))
+    assert moved.measure(model, "val").count == 4
+    assert moved.training_loss(moved.predict(model, (tokens, tokens)), (tokens, tokens)).ndim == 0
+
+
+def test_class_probabilities_train() -> None:
+    output, target = torch.randn(4, 3), torch.full((4, 3), 1 / 3)
+    assert classification().training_loss(output, (output, target)) == F.cross_entropy(output, target)

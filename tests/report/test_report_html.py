@@ -123,6 +123,19 @@ def test_the_terminal_says_the_same(record) -> None:
         assert words in out.getvalue(), words
 
 
+def test_the_terminal_shows_what_a_step_says_and_left_alone_shortened(record) -> None:
+    step = record["steps"][1]
+    step["notes"] = ["kept at one unit, the least there can be: fc1.", "because " * 200]
+    step["skipped"] = [{"name": "fc2.weight", "reason": "not now " * 200}]
+    out = StringIO()
+    render_terminal(record, Console(file=out, width=140))
+    said = " ".join(out.getvalue().split())
+    assert f"{step['path']} kept at one unit, the least there can be: fc1." in said
+    assert said.count("because") < 50
+    assert said.count("not now") < 50
+    assert said.count("…") >= 2
+
+
 @pytest.mark.parametrize("key", sorted(complete()))
 def test_any_key_may_be_missing(record, key) -> None:
     if key == "schema":

@@ -10,7 +10,7 @@ from espalier.core.errors import UsageError, did_you_mean
 if TYPE_CHECKING:
     from torch import nn
 
-    from espalier.core.task import Task
+    from espalier.cli.project import Project
     from espalier.deploy import Exported
 
 FORMATS = {"onnx": "model.onnx", "openvino": "model.xml", "safetensors": "model.safetensors"}
@@ -25,9 +25,10 @@ def export(
 
     if to not in FORMATS:
         raise UsageError(f"--to {to!r} is not a format.{did_you_mean(to, FORMATS)} Allowed: {', '.join(FORMATS)}.")
-    model, task = _load(source)
-    if task is None and project is not None:
-        task = load_project(project).task
+    model, loaded = _load(source, project)
+    if loaded is None and project is not None:
+        loaded = load_project(project)
+    task = loaded.task if loaded is not None else None
     path = out or _beside(source, to)
     if to == "safetensors":
         return {"to": to, **deploy.to_safetensors(model, path).to_json()}
@@ -45,20 +46,19 @@ def export(
     return found
 
 
-def _load(source: Path) -> tuple[nn.Module, Task | None]:
-    from espalier import load
-    from espalier.cli.project import load_project
+def _load(source: Path, project: Path | None) -> tuple[nn.Module, Project | None]:
+    from espalier.cli.project import load_project, load_result
 
     if source.is_dir():
         file = source / "model.espalier"
         if not file.is_file():
             raise UsageError(f"{source} has no model.espalier; give a finished run, an .espalier file or a project.py.")
-        return load(file), None
+        return load_result(file, project)
     if source.suffix == ".py":
         found = load_project(source)
-        return found.model, found.task
+        return found.model, found
     if source.suffix == ".espalier":
-        return load(source), None
+        return load_result(source, project)
     raise UsageError(f"{source} is neither a run directory, an .espalier file nor a project file (.py).")
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from espalier.cli.project import Project, load_project
+from espalier.cli.project import Project, load_project, load_result
 from espalier.core.errors import ModelError, UsageError
 from espalier.core.method import Method, fields_of
 
@@ -116,14 +116,14 @@ def bench(run: Path, project: Path | None, *, batch: int, threads: int, repeats:
     """Latency at batch 1 and throughput at ``batch`` of the file in ``run``, beside the original of ``project``."""
     from espalier.measure import latency
     from espalier.measure.summary import sized_call
-    from espalier.runs import load
 
     file = run / "model.espalier" if run.is_dir() else run
     if not file.is_file():
         raise UsageError(f"there is no file {file}; give a run directory or an .espalier file.")
-    models: dict[str, nn.Module] = {"compressed": load(file)}
+    model, loaded = load_result(file, project)
+    models: dict[str, nn.Module] = {"compressed": model}
     if project is not None:
-        loaded = load_project(project)
+        loaded = loaded or load_project(project)
         task = loaded.task
         models = {"original": loaded.model, **models}
     else:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from espalier.core.errors import UsageError
+from espalier.cli.failures import in_project, shown
+from espalier.core.errors import EspalierError, UsageError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -34,9 +37,10 @@ def load_project(path: Path) -> Project:
 
     from espalier.core.task import Task
 
-    module = _execute(path)
-    model, task = _call(module, "model", path), _call(module, "task", path)
-    models = _call(module, "models", path) if hasattr(module, "models") else {}
+    with _as_project(path):
+        module = _execute(path)
+        model, task = _call(module, "model", path), _call(module, "task", path)
+        models = _call(module, "models", path) if hasattr(module, "models") else {}
     if not isinstance(model, nn.Module):
         raise UsageError(f"{path}: model() must return a torch.nn.Module; it returned {type(model).__name__}.")
     if not isinstance(task, Task):
@@ -48,6 +52,49 @@ def load_project(path: Path) -> Project:
     return Project(model, task, models)
 
 
+def load_result(file: Path, project: Path | None) -> tuple[nn.Module, Project | None]:
+    """The model in an .espalier file; one of weights alone fills a copy of the project's model, which comes along."""
+    from espalier.core.model import copy_model
+    from espalier.encode import open_file
+    from espalier.runs import load
+
+    with open_file(file) as archive:
+        whole = archive.graph is not None
+    if whole:
+        return load(file), None
+    if project is None:
+        raise UsageError(
+            f"{file} holds weights only, without the architecture. Name the project file whose model() it was made "
+            "from: --project project.py."
+        )
+    found = load_project(project)
+    return load(file, into=copy_model(found.model)).eval(), found
+
+
+@contextmanager
+def _as_project(path: Path) -> Iterator[None]:
+    """The project's folder can be imported from, and what its code raises becomes one sentence."""
+    folder = str(path.parent.resolve())
+    sys.path.insert(0, folder)
+    try:
+        yield
+    except EspalierError:
+        raise
+    except SyntaxError as error:
+        file = shown(error.filename) if error.filename else path
+        raise UsageError(f"{file} line {error.lineno}: {error.msg}.") from error
+    except Exception as error:
+        raise UsageError(in_project(error, path)) from error
+    except SystemExit as error:
+        raise UsageError(
+            f"{path} ended the program (sys.exit). espalier imports the file and calls model() and task(); put what "
+            "only a script does under if __name__ == '__main__':."
+        ) from error
+    finally:
+        if folder in sys.path:
+            sys.path.remove(folder)
+
+
 def _execute(path: Path) -> ModuleType:
     if not path.is_file():
         raise UsageError(f"there is no project file {path}. It is a Python file with {EXAMPLE}.")
@@ -56,13 +103,7 @@ def _execute(path: Path) -> ModuleType:
         raise UsageError(f"{path} is no Python file; a project file ends in .py and has {EXAMPLE}.")
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module
-    sys.path.insert(0, str(path.parent.resolve()))
-    try:
-        spec.loader.exec_module(module)
-    except SyntaxError as error:
-        raise UsageError(f"{path} line {error.lineno}: {error.msg}.") from error
-    finally:
-        sys.path.pop(0)
+    spec.loader.exec_module(module)
     return module
 
 

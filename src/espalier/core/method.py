@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import difflib
 import inspect
 import math
 import sys
@@ -84,6 +85,16 @@ class Method:
     id: ClassVar[str] = ""
     verb: ClassVar[str] = ""
     kind: ClassVar[str] = ""
+
+    def __new__(cls, *args: Any, **given: Any) -> Self:
+        """Refuse what is no field here, before a generated ``__init__`` would with a TypeError and no close name."""
+        if args:
+            raise UsageError(
+                f"{cls.__name__} takes its fields by name, {cls.__name__}(field=value); got {len(args)} without: "
+                f"{', '.join(repr(value)[:60] for value in args[:3])}. Its fields: {', '.join(field_names(cls))}."
+            )
+        check_names(cls, given)
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         problems = [problem for field in fields_of(type(self)) for problem in _check(field, getattr(self, field.name))]
@@ -213,8 +224,49 @@ def _check(field: Field, value: Any) -> list[str]:
         allowed = " or ".join(f"{limit} {limit.unit}".strip() for limit in limits)
         return [f"{field.name}={value!r} is out of range (allowed: {allowed})"]
     if not fits(field.annotation, value):
+        if hint := _part_hint(field, value):
+            return [hint]
         return [f"{field.name}={value!r} is not of type {field.type_name}"]
     return []
+
+
+def _part_hint(field: Field, value: Any) -> str:
+    """What to do where a field for a part got its name or its class in place of an object; else nothing.
+
+    The names are those of the rooms that were imported: the caller's class comes from one of them.
+    """
+    from espalier.core.registry import methods, part_type
+
+    base = part_type(field)
+    wrong = [item for item in (value if isinstance(value, tuple) else (value,)) if isinstance(item, (str, type))]
+    if base is None or not wrong:
+        return ""
+    item, label = wrong[0], field.name
+    parts = {cls.id: cls for cls in methods() if issubclass(cls, base)}
+    if isinstance(item, type):
+        if not issubclass(item, base):
+            return ""
+        return f"{label} got the class {item.__name__}; pass an object: {_shown(field, value, item)}"
+    if not parts:
+        return f"{label} got the name {item!r}; pass an object of a class of type {base.__name__}"
+    name = item.rpartition(".")[2]
+    close = difflib.get_close_matches(name, sorted(parts), n=1, cutoff=0.6)
+    default = type(field.default).id if isinstance(field.default, base) else min(parts)
+    cls = parts[name if name in parts else close[0] if close else default]
+    hint = "" if name in parts else did_you_mean(name, parts)
+    return (
+        f"{label}={item!r} is a name; the field takes a {base.kind or base.__name__} itself.{hint} "
+        f"{'Pass' if name in parts or close else 'For example'} {_shown(field, value, cls)}"
+    )
+
+
+def _shown(field: Field, value: Any, cls: type[Method]) -> str:
+    """How a caller writes the part: from its room where that offers it, else from its own module."""
+    room = ".".join(cls.__module__.split(".")[:2])
+    short = room.startswith("espalier.") and getattr(sys.modules.get(room), cls.__name__, None) is cls
+    home = room.replace("espalier.", "es.") if short else cls.__module__
+    call = f"{home}.{cls.__name__}()"
+    return f"{field.name}=({call},)" if isinstance(value, tuple) else f"{field.name}={call}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from espalier.core.errors import DataError, NumericError, UsageError
+from espalier.core.errors import DataError, ModelError, NumericError, UsageError
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,39 @@ class Accumulator:
         return Score(mean, math.sqrt(variance / max(1, self.count - 1)), self.count)
 
 
+OTHER_METRIC = (
+    "or give another metric: Task(metric=espalier.tasks.Loss(function)), or one of your own, a subclass of "
+    "espalier.Metric."
+)
+
+
+def check_classes(output: Any, target: Any, who: str = "accuracy", other: str = OTHER_METRIC) -> None:
+    """Raise unless ``output`` is ``(n, classes, ...)`` and ``target`` ``(n, ...)``: what can be compared.
+
+    ``ModelError`` where the output cannot be right, ``DataError`` where the labels do not go with it. ``who`` compares,
+    ``other`` says what could do so instead.
+    """
+    asked = f"{who} needs logits (n, classes, ...) and labels (n, ...) of class indices; "
+    if not isinstance(output, Tensor) or output.ndim < 2:
+        came = f"a tensor of shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+        raise ModelError(
+            f"{asked}the model gave {came}. Give Task(predict=...) that returns such logits alone, {other}"
+        )
+    if not isinstance(target, Tensor):
+        raise DataError(
+            f"{asked}the labels came as {type(target).__name__}. Give Task(target=...) that returns a tensor, {other}"
+        )
+    if target.shape == output.shape[:1] + output.shape[2:]:
+        return
+    came = f"{asked}got outputs {tuple(output.shape)} and labels {tuple(target.shape)}. "
+    if output.ndim > 2 and target.shape == output.shape[:-1]:
+        raise ModelError(
+            f"{came}The classes stand last here: give Task(predict=lambda model, batch: "
+            f"model(*batch[:-1]).movedim(-1, 1)), {other}"
+        )
+    raise DataError(f"{came}Give Task(target=...) that returns class indices of that shape, {other}")
+
+
 class Accuracy(Metric):
     """Top-k accuracy in percent. ``output``: logits ``(n, classes, ...)``; ``target``: class indices."""
 
@@ -92,6 +125,7 @@ class Accuracy(Metric):
         self.name = "accuracy" if k == 1 else f"top-{k} accuracy"
 
     def per_sample(self, output: Any, target: Any) -> Tensor:
+        check_classes(output, target)
         top = output.topk(min(self.k, output.shape[1]), dim=1).indices
         hit: Tensor = (top == target.unsqueeze(1)).any(dim=1).double() * 100
         return hit.reshape(hit.shape[0], -1).mean(dim=1)

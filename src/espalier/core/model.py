@@ -28,14 +28,39 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
+def _is_quantized(module: nn.Module) -> bool:
+    """Whether a layer itself holds torch's packed or quantized tensors; what only watches or simulates does not."""
+    home, kind = type(module).__module__.split("."), type(module).__name__
+    if home[0] == "torch" and "quantized" in home and "reference" not in home:
+        return "FloatFunctional" not in kind  # lives there, and is float
+    own = (*module._parameters.values(), *module._buffers.values())
+    return any(isinstance(tensor, torch.Tensor) and tensor.is_quantized for tensor in own)
+
+
+def require_float(model: nn.Module) -> None:
+    """Raise ``ModelError`` naming the layers that torch has quantized: they have no weights to work on."""
+    found = [(path or "the model itself", type(module)) for path, module in model.named_modules()
+             if _is_quantized(module)]  # fmt: skip
+    found = [(path, cls) for path, cls in found if not any(path.startswith(f"{other}.") for other, _ in found)]
+    if found:
+        names = ", ".join(f"{path} ({cls.__module__}.{cls.__name__})" for path, cls in found[:3])
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        raise ModelError(
+            f"the model is quantized already: {names}{more}. Weights must be floating-point tensors to be compressed: "
+            "give the float model, as it was before torch.ao.quantization; share.kmeans stores it in few bits."
+        )
+
+
 def copy_model(model: nn.Module) -> nn.Module:
     """A deep copy: tied stays tied, frozen stays frozen, hooks are kept. Raises ``ModelError`` if it cannot be made.
 
     Data-parallel and compiled wrappers are taken off, inside as well: parameters have the names of the bare model.
+    Every technique passes here, so what torch has quantized already is refused here.
     """
     if not isinstance(model, nn.Module):
         raise ModelError(f"a model is a torch.nn.Module; got {type(model).__name__}.")
     model = unwrapped(model)
+    require_float(model)
     for module in model.modules():  # a moved recurrent layer holds on to effective weights, which carry a graph
         if isinstance(module, nn.RNNBase) and any(
             weight is not None and not weight.is_leaf for weight in module._flat_weights
@@ -106,18 +131,26 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     return memoryview(flat.view(torch.uint8).numpy().data) if flat.numel() else memoryview(b"")
 
 
+def _state(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of the state dict; what ``get_extra_state`` adds may be anything, and is no value of the model."""
+    for name, value in model.state_dict().items():
+        if isinstance(value, torch.Tensor):
+            yield name, value
+
+
 def digest(model: nn.Module) -> int:
     """A checksum over structure and values: equal before and after a step means the step changed nothing."""
     value = zlib.crc32(repr(model).encode())
-    for name, tensor in model.state_dict().items():
+    for name, tensor in _state(model):
         value = zlib.crc32(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode(), value)
         value = zlib.crc32(tensor_bytes(tensor), value)
     return value
 
 
 def check_finite(model: nn.Module, when: str) -> None:
-    """Raise ``NumericError`` naming the first tensor that holds NaN or infinity."""
-    for name, tensor in model.state_dict().items():
+    """Raise ``NumericError`` naming the first tensor with NaN or infinity, ``ModelError`` for quantized layers."""
+    require_float(model)
+    for name, tensor in _state(model):
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             bad = int((~torch.isfinite(tensor)).sum())
             raise NumericError(

@@ -8,15 +8,24 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import warnings
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, get_type_hints
+from typing import Any, ClassVar, Literal, get_type_hints
 
 import torch
 from torch import nn
 
-from espalier.core.errors import Corrupt, LimitExceeded, ModelError, UnknownNameError, did_you_mean
+from espalier.core.errors import (
+    Corrupt,
+    EspalierWarning,
+    LimitExceeded,
+    ModelError,
+    UnknownNameError,
+    did_you_mean,
+)
+from espalier.core.forms import Form
 from espalier.core.method import fits
 from espalier.core.parametrize import Slot, require_phase, slots
 
@@ -164,12 +173,22 @@ class Keep(Edit):
             latent.grad = None
             latent.data = smaller
 
-    def carry(self, optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> None:
-        """Cut what the optimizer remembers of the parameter as the parameter was cut."""
-        state = optimizer.state.get(parameter, {})
-        for key, value in state.items():
-            if isinstance(value, torch.Tensor) and value.ndim == parameter.ndim and value.shape != parameter.shape:
-                state[key] = self.take(value)
+    def carry(self, optimizer: torch.optim.Optimizer, parameter: nn.Parameter, shape: torch.Size) -> None:
+        """Cut what the optimizer remembers of the parameter, which had ``shape``; what cannot be cut is forgotten."""
+        ways = self.ways(optimizer, parameter, shape)
+        if "lost" in ways.values():
+            del optimizer.state[
+                parameter
+            ]  # all of it: optimizers start afresh where nothing is there, not where half is
+            return
+        for key, way in ways.items():
+            if way == "cut":
+                optimizer.state[parameter][key] = self.take(optimizer.state[parameter][key])
+
+    def ways(self, optimizer: torch.optim.Optimizer, parameter: nn.Parameter, shape: torch.Size) -> dict[str, Way]:
+        """What happens to each entry of the optimizer's state of a parameter of ``shape`` when it is cut."""
+        state = optimizer.state.get(parameter) or {}
+        return {key: _way(value, shape, self.dim) for key, value in state.items()}
 
     def take(self, tensor: torch.Tensor) -> torch.Tensor:
         """The kept slices of a tensor of the parameter's shape."""
@@ -181,6 +200,29 @@ class Keep(Edit):
         size = shape[self.dim] if -len(shape) <= self.dim < len(shape) else 0
         if not all(0 <= index < size for index in self.index):
             raise ModelError(f"the plan keeps indices of dimension {self.dim} that {self.tensor} {tuple(shape)} lacks.")
+
+
+Way = Literal["cut", "whole", "lost"]
+
+
+def _way(value: Any, shape: torch.Size, dim: int) -> Way:
+    """What a cut of a parameter of ``shape`` along ``dim`` means for an entry of its optimizer state.
+
+    Momenta have the parameter's sizes; factored ones (Adafactor) have 1 where they hold a mean over the dimension;
+    counters are single numbers. Anything else is of a form that only its optimizer knows.
+    """
+    if not isinstance(value, torch.Tensor):
+        return "whole" if value is None or isinstance(value, (bool, int, float, str)) else "lost"
+    if value.ndim != len(shape):
+        return "whole" if value.numel() == 1 else "lost"
+    if any(size not in (1, whole) for size, whole in zip(value.shape, shape, strict=True)):
+        return "lost"
+    return "cut" if value.shape[dim] == shape[dim] else "whole"
+
+
+def _cut_along(slot: Slot) -> bool:
+    """Whether what is trained is cut as the weight is; a form with a table of its own keeps it whole."""
+    return slot.form is None or type(slot.form).take_latent is Form.take_latent
 
 
 def runs_of(index: Sequence[int]) -> str:
@@ -467,15 +509,20 @@ class Plan:
         """Replay the edits on ``model`` in place and return it, or the module an edit put in its place.
 
         ``optimizer``: its state follows the parameters (momentum is cut as they are); those that are gone leave it,
-        new ones join its first group. The edits are remembered: see :func:`applied`.
+        new ones join its first group. State that cannot be cut is dropped for its parameter, with a warning that
+        comes before anything is changed. The edits are remembered: see :func:`applied`.
         """
         history = applied(model) + self
         known = slots(model)
+        if optimizer is not None:
+            self._warn_of_lost_state(known, optimizer)
         for edit in self.edits:
             if isinstance(edit, Keep):  # the parameters stay the same objects
+                slot = known.get(edit.tensor)
+                shape = slot.latent.shape if slot is not None else torch.Size()
                 edit.apply_among(known, model)
-                if optimizer is not None and edit.tensor in known:
-                    edit.carry(optimizer, known[edit.tensor].latent)
+                if optimizer is not None and slot is not None and _cut_along(slot):
+                    edit.carry(optimizer, slot.latent, shape)
                 continue
             model = edit.apply(model) or model
             if isinstance(edit, SetAttribute):
@@ -486,6 +533,30 @@ class Plan:
         if self.edits:
             model.__dict__[_HISTORY] = history
         return model
+
+    def _warn_of_lost_state(self, known: Mapping[str, Slot], optimizer: torch.optim.Optimizer) -> None:
+        """One warning for all state that :meth:`Keep.carry` will drop; cuts leave every other dimension as it is."""
+        lost: dict[str, str] = {}
+        for edit in self.edits:
+            slot = known.get(edit.tensor) if isinstance(edit, Keep) else None
+            if not isinstance(edit, Keep) or slot is None or not _cut_along(slot):
+                continue
+            if not -slot.latent.ndim <= edit.dim < slot.latent.ndim:
+                continue  # applying it refuses that
+            ways = edit.ways(optimizer, slot.latent, slot.latent.shape)
+            keys = [str(key) for key, way in ways.items() if way == "lost"]
+            if keys:
+                lost[edit.tensor] = ", ".join(keys)
+        if lost:
+            shown = "; ".join(f"{name}: {keys}" for name, keys in list(lost.items())[:5])
+            more = f" and {len(lost) - 5} more parameters" if len(lost) > 5 else ""
+            warnings.warn(
+                f"{type(optimizer).__name__} keeps state that cannot be cut along with its parameter ({shown}{more}); "
+                "its state of these parameters is dropped and starts afresh. State of the parameter's own sizes, or 1, "
+                "follows a cut: SGD and AdamW keep theirs.",
+                EspalierWarning,
+                stacklevel=3,
+            )
 
     def __add__(self, other: Plan) -> Plan:
         return Plan(self.edits + other.edits)

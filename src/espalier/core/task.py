@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from espalier.core.errors import DataError, EspalierError, ModelError, NeedError, UsageError
-from espalier.core.metric import Accuracy, Agreement, Metric, Score, first_tensor
+from espalier.core.metric import Accuracy, Agreement, Metric, Score, check_classes, first_tensor
 from espalier.core.model import device_of, evaluating
 
 Split = Literal["train", "val", "test"]
@@ -155,15 +155,21 @@ class Task:
     def training_loss(self, output: Any, batch: Batch, original_output: Any = None) -> Tensor:
         """The scalar to minimise on one batch; unlabelled tasks follow the original's output (squared error)."""
         target = self.target(batch)
+        if self.loss is F.cross_entropy or (self.loss is None and target is not None):
+            return _cross_entropy(output, target)
         if self.loss is not None:
             return self.loss(output, target)
-        if target is None:
-            if original_output is None:
-                raise NeedError(
-                    "training without labels or a loss follows the original model, which is not named here."
-                )
-            return F.mse_loss(first_tensor(output), first_tensor(original_output))
-        return F.cross_entropy(output, target)
+        if original_output is None:
+            raise NeedError("training without labels or a loss follows the original model, which is not named here.")
+        return F.mse_loss(first_tensor(output), first_tensor(original_output))
+
+
+def _cross_entropy(output: Any, target: Any) -> Tensor:
+    """The default loss; shapes that do not fit are said in the words of the data, not of torch."""
+    probabilities = isinstance(output, Tensor) and isinstance(target, Tensor) and output.shape == target.shape
+    if not probabilities:
+        check_classes(output, target, "the cross-entropy loss", "or give another loss: Task(loss=function).")
+    return F.cross_entropy(output, target)
 
 
 def capture_call(task: Task, model: nn.Module, batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -20,6 +20,7 @@ from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree
 
 from espalier.core.errors import ModelError
+from espalier.core.model import require_float
 from espalier.graph.check import infer
 from espalier.graph.graph import Graph
 from espalier.graph.normalise import normalise
@@ -47,7 +48,7 @@ def trace(
     ``foreign``: an operator outside the table becomes a node that carries torch's own, instead of a ModelError. Such a
     graph can be analysed and run here; no file holds it.
     """
-    _check_float(model)
+    require_float(model)
     twin = structural_copy(model).eval()
     keywords = dict(kwargs or {})
     call = tuple(args)
@@ -69,21 +70,6 @@ def trace(
         "or masks. What needs no graph works as it is: masks (prune with the pattern weights, blocks or n-m), and a "
         "file of the weights alone, loaded with into=model."
     )
-
-
-_QUANTIZED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.ao.nn.sparse.quantized")
-
-
-def _check_float(model: nn.Module) -> None:
-    """Quantized layers keep their weights packed where neither export nor any method of ours can see them."""
-    for name, module in model.named_modules():
-        home = type(module).__module__
-        if home.startswith(_QUANTIZED) and not home.startswith("torch.ao.nn.quantized.reference"):
-            raise ModelError(
-                f"The layer {name or type(model).__name__} is already quantized ({home.split('.modules')[0]}."
-                f"{type(module).__name__}); models with float weights are allowed. Give the float model it was made "
-                "from."
-            )
 
 
 def _check_runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

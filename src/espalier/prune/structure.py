@@ -195,6 +195,7 @@ class Removal:
     found: ChannelGroups
     removed: list[Removed]
     folded: set[str] = field(default_factory=set)
+    before: float | None = None
 
     @classmethod
     def of(cls, method: Prune, pattern: Structural, model: nn.Module, context: Context) -> Removal:
@@ -282,6 +283,7 @@ class Removal:
     def _solved(self, scores: dict[str, Tensor], sparsity: float) -> Chosen:
         """The least removal that leaves no more than asked: bisected over the ranking, then group by group."""
         measure, costs = self._cost(), dict[float, float]()
+        self.before = measure.start if self.before is None else self.before
         target = (1 - sparsity) * measure.start
         low, high = 0.0, 1.0
         rounds = BISECTIONS if self.pattern.measure in ("parameters", "macs") else FEW_BISECTIONS
@@ -321,6 +323,16 @@ class Removal:
             found = self._cost()
             before, after = found.start, found.of(chosen)
         return {"before": before, "after": after, "asked": (1 - sparsity) * before}
+
+    def _reached(self) -> dict[str, Any]:
+        """What was asked for and what is left, in the unit of the pattern's measure."""
+        name, final = self.pattern.measure, final_sparsity(self.method)
+        if name == "units":
+            before, after = float(sum(self.start.values())), float(sum(group.size for group in self.candidates()))
+        else:
+            after = self._cost().start
+            before = after if self.before is None else self.before
+        return {"name": name, "before": before, "after": after, "asked": (1 - final) * before}
 
     def _cost(self) -> _Cost:
         flow = self.found.flow
@@ -397,6 +409,7 @@ class Removal:
             "macs": {"before": round(self.macs), "after": round(cost.multiply_adds(flow, nothing))},
             "protected": [vars(p) for p in self.found.protected],
             "boundaries": list(self.found.boundaries),
+            "measure": self._reached(),
             "folded": sorted(self.folded),
             "form": self.removed[-1].kind if self.removed else "module",
             "form_reason": reasons[-1] if reasons else "",

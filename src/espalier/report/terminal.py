@@ -19,6 +19,7 @@ from espalier.report.source import load
 from espalier.report.steps import Step
 
 TOP = 12
+LINE = 300
 BAR = 28
 COLOURS = {
     "values": "#0072b2",
@@ -65,12 +66,15 @@ def _parts(info: Info) -> Iterable[RenderableType]:
         yield Text(info.paired, style="dim")
     if info.steps:
         yield _titled("steps", _steps(info.steps))
+    notes = [[step.path, units.printable(note, LINE)] for step in info.steps for note in step.notes]
+    if notes:
+        yield _titled("notes", _table(["", ""], notes))
     if info.budget is not None:
         yield _titled("where the bytes are", _budget(info.budget))
     if info.tries:
         yield _titled("tries", _tries(info))
     if info.skipped:
-        rows = [[s.step, _names(s.names), s.reason] for s in info.skipped]
+        rows = [[s.step, _names(s.names), units.printable(s.reason, LINE)] for s in info.skipped]
         yield _titled("left alone", _table(["step", "layers", "why"], rows))
     if info.warnings:
         yield _titled("warnings", Group(*(Text(f"{n.step}: {n.text}", style="yellow") for n in info.warnings)))
