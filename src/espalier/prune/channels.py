@@ -17,10 +17,19 @@ from espalier.graph.channels import ChannelGroups, Group
 from espalier.prune.structure import Structural
 
 
+COARSE = 4
+"""Fewer own channels than this in every convolution group are left whole, where more convolution groups can go."""
+
+
 def default_groups(found: ChannelGroups) -> tuple[Group, ...]:
-    """Channels and heads; the width of heads, and whole convolution groups, only where these offer nothing."""
+    """Channels and heads; the width of heads, and whole convolution groups, only where these offer little."""
     heads = [group for group in found.groups if group.kind == "heads"]
-    channels = [group for group in found.groups if group.kind == "channels"]
+    many = [group for group in found.groups if group.kind == "groups" and group.size >= COARSE]
+    channels = [
+        group
+        for group in found.groups
+        if group.kind == "channels" and not (group.size < COARSE and any(_overlap(group, other) for other in many))
+    ]
     width = [g for g in found.groups if g.kind == "width" and not any(_overlap(g, other) for other in heads)]
     whole = [g for g in found.groups if g.kind == "groups" and not any(_overlap(g, other) for other in channels)]
     chosen = {group.name for group in (*channels, *heads, *width, *whole)}
