@@ -1,151 +1,129 @@
-"""One measured row per method: bytes of the re-loaded file, test error, seconds. LeNet-300-100 on MNIST.
+"""One measured row per method at least: bytes of the re-loaded file, test error, seconds. Small networks on MNIST.
 
-python benchmarks/methods.py [--quick] [--data-dir DIR]
+python benchmarks/methods.py [--quick] [--again] [--only prune.lamp ...] [--data-dir DIR]
 
-Every row starts from the same trained network and changes one thing, so that the rows of one kind can be compared
-with each other; none is tuned. The random rows are the baseline the others must beat.
+Every row starts from the same trained network of its kind (``methods_parts/networks.py``) and changes one thing
+(``methods_parts/rows.py``), so that the rows of one kind can be compared with each other; none is tuned. The random
+rows are the baseline the others must beat. Rows are kept: a second call goes on where the first stopped. ``--quick``:
+10,000 training images, half of the test images and one epoch in place of three; a full row is never replaced by a
+quick one, a quick one is by a full one. ``--again`` does all of them again.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+import traceback
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.common import save
-from examples.lenet import LeNet300
+from benchmarks.common import RESULTS, save
+from benchmarks.methods_parts.networks import NETWORKS
+from benchmarks.methods_parts.rows import Row, Setting, rows
 
 import espalier as es
 from espalier.core.context import Context
-from espalier.core.method import Technique
-from espalier.core.recipe import FileOptions, Recipe
-from espalier.data import Normalisation, standard
-from espalier.prune import Cubic, Global, Layer, Linear, Listed, Magnitude, OneShot, Prune, Random, Threshold
-from espalier.recipes import DeepCompression
-from espalier.share import KMeans
-from espalier.train import (
-    L1,
-    L2,
-    SGD,
-    AdamW,
-    BatchNorm,
-    Constant,
-    Cosine,
-    Crop,
-    EarlyStopping,
-    Finetune,
-    Flip,
-    LabelSmoothing,
-    OneCycle,
-    Shift,
-    Step,
-)  # fmt: skip
-from espalier.train import Linear as LinearRate
+from espalier.core.errors import EspalierWarning
+from espalier.core.recipe import Recipe
+from espalier.data import Loader, Normalisation, standard
+from espalier.train import Finetune
 
-Row = tuple[str, str, tuple[Technique, ...], FileOptions]
+FILE = "methods"
+QUICK = Setting("quick", epochs=1, images=10_000, judged=5_000, every=10)
+FULL = Setting("full", epochs=3, images=55_000, judged=10_000, every=50)
 
 
-def rows(epochs: int) -> Iterator[Row]:
-    """(method id, what varies, steps, file options); pruning at 95 %, sharing at 4 bits."""
-    auto = FileOptions()
-    tune = Finetune(epochs=epochs, lr=1e-3)
-
-    def prune(**fields: Any) -> Prune:
-        return Prune(**{"sparsity": 0.95, "scope": Global(), **fields})
-
-    for criterion in (Magnitude(), Random(), Threshold(quality=1.9)):
-        sparsity = None if isinstance(criterion, Threshold) else 0.95
-        yield criterion.name, "one-shot, then fine-tuned", (prune(criterion=criterion, sparsity=sparsity), tune), auto
-    for scope in (Layer(), Global()):
-        yield scope.name, "one-shot, then fine-tuned", (prune(scope=scope), tune), auto
-    for schedule in (OneShot(), Linear(), Cubic(), Listed(values=(0.8, 0.9, 0.95))):
-        sparsity = None if isinstance(schedule, Listed) else 0.95
-        step = prune(schedule=schedule, sparsity=sparsity, epochs=2 * epochs)
-        yield schedule.name, "while training", (step,), auto
-    yield "prune.prune", "cubic, global", (prune(schedule=Cubic(), epochs=2 * epochs),), auto
-    yield "prune.weights", "cubic, global", (prune(schedule=Cubic(), epochs=2 * epochs),), auto
-    for init in ("linear", "density", "random"):
-        yield "share.kmeans", f"Lloyd, {init} initialisation, no training", (KMeans(bits=4, init=init),), auto
-    yield "share.kmeans", "exact, no training", (KMeans(bits=4, algorithm="exact"),), auto
-    yield "share.kmeans", "exact, centroids fine-tuned", (KMeans(bits=4, algorithm="exact"), tune), auto
-    yield "share.kmeans", "one codebook for all layers", (KMeans(bits=4, group="all"),), auto
-    sparse = (prune(schedule=Cubic(), epochs=2 * epochs), KMeans(bits=4), tune)
-    for coder in ("adaptive", "rans", "huffman", "packed"):
-        yield f"encode.{coder}", "pruned 95 %, 4 bits", sparse, FileOptions(coders=(coder,))
-    yield "encode.planes", "fp32, nothing changed", (Finetune(epochs=1, lr=1e-6),), FileOptions(floats="fp32")
-    yield "recipes.deep-compression", "strength 0.7", (_recipe(epochs),), auto
-    base = prune(schedule=Cubic(), epochs=2 * epochs)
-    variants: list[tuple[str, dict[str, Any]]] = [
-        ("train.adamw", {"optimizer": AdamW()}), ("train.sgd", {"optimizer": SGD(), "lr": 0.05}),
-        ("train.constant", {"lr_schedule": Constant()}), ("train.linear", {"lr_schedule": LinearRate()}),
-        ("train.step", {"lr_schedule": Step()}), ("train.cosine", {"lr_schedule": Cosine()}),
-        ("train.one-cycle", {"lr_schedule": OneCycle()}), ("train.l1", {"penalties": (L1(strength=3e-5),)}),
-        ("train.l2", {"penalties": (L2(strength=1e-5),)}), ("train.label-smoothing", {"smoothing": LabelSmoothing()}),
-        ("train.early-stopping", {"stopping": EarlyStopping()}), ("train.shift", {"augment": (Shift(pixels=1),)}),
-        ("train.crop", {"augment": (Crop(padding=1),)}), ("train.flip", {"augment": (Flip(),)}),
-    ]  # fmt: skip
-    for name, fields in variants:
-        yield name, "in the pruning step (cubic, 95 %)", (base.replace(**fields),), auto
-    yield "train.finetune", "the trained network, further", (tune,), auto
-    yield "train.batch-norm", "network with batch norm, after pruning", (prune(), BatchNorm()), auto
+def task_of(setting: Setting, folder: Path | None) -> es.Task:
+    """MNIST; of the training images a seeded subset, of val and test the first ones."""
+    scale = Normalisation((0.0,), (1.0,))
+    data = standard("mnist", folder, batch_size=128, normalisation=scale)
+    chosen = torch.randperm(len(data.train.x), generator=torch.Generator().manual_seed(0))[: setting.images]
+    train = data.train
+    if setting.images < len(data.train.x):
+        train = Loader(data.train.x[chosen], data.train.y[chosen], batch_size=128, shuffle=True, normalisation=scale)
+    held = (
+        Loader(part.x[:count], part.y[:count], batch_size=1000, normalisation=scale)
+        for part, count in ((data.val, setting.judged // 2), (data.test, setting.judged))
+    )
+    return es.tasks.classification(train, *held)
 
 
-def _recipe(epochs: int) -> DeepCompression:
-    recipe = DeepCompression(strength=0.7)
-    return recipe.replace(prune=recipe.prune.replace(epochs=2 * epochs), finetune=Finetune(epochs=epochs, lr=1e-3))
+def trained(network: str, setting: Setting, task: es.Task) -> nn.Module:
+    """The network that all rows of its kind start from; seeded, so that a later call trains the same."""
+    torch.manual_seed(0)
+    return Finetune(epochs=setting.longer, lr=2e-3)(NETWORKS[network][1](), Context(task=task))
 
 
-def with_norm() -> torch.nn.Module:
-    """The network with a batch norm before each ReLU, for what needs one."""
-    nn = torch.nn
-    return nn.Sequential(
-        nn.Flatten(), nn.Linear(784, 300), nn.BatchNorm1d(300), nn.ReLU(), nn.Linear(300, 100), nn.BatchNorm1d(100),
-        nn.ReLU(), nn.Linear(100, 10),
-    )  # fmt: skip
+def done(setting: Setting) -> set[tuple[str, str]]:
+    """The rows that are there in this setting, or in the full one."""
+    path = RESULTS / f"{FILE}.json"
+    found = json.loads(path.read_text()) if path.exists() else []
+    modes = {setting.mode, "full"}
+    return {(row["id"], row["row"]) for row in found if row["setting"].get("mode", "full") in modes}
+
+
+def measured(row: Row, model: nn.Module, task: es.Task) -> dict[str, Any]:
+    """One row. The bytes are the length of a file that was loaded again, the test error is that of what it holds."""
+    with tempfile.TemporaryDirectory() as folder:
+        started = time.monotonic()
+        recipe = Recipe(steps=row.steps, file=row.file)
+        record = es.compress(model, row.task(task), recipe, out=Path(folder) / "run", timing_seconds=0).record
+        seconds = time.monotonic() - started
+    return {
+        "bytes": record["files"]["model.weights.espalier"]["bytes"],
+        "test_error": 100 - record["test"]["compressed"]["value"],
+        "test_error_before": 100 - record["test"]["original"]["value"],
+        "nonzero": record["compressed"]["nonzero"],
+        "seconds": round(seconds, 1),
+    }
 
 
 def main() -> None:
+    """Parse and run; what fails is said, and the others go on."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one epoch instead of three")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--again", action="store_true", help="rows that are there already as well")
+    parser.add_argument("--only", nargs="+", metavar="ID", help="the rows of these methods")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--data-dir", type=Path)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    epochs = 1 if arguments.quick else 3
-    data = standard("mnist", arguments.data_dir, batch_size=128, normalisation=Normalisation((0.0,), (1.0,)))
-    task = es.tasks.classification(data.train, data.val, data.test)
-    torch.manual_seed(0)
-    plain, normed = LeNet300(), with_norm()
-    trained = {}
-    for name, model in (("plain", plain), ("normed", normed)):
-        trained[name] = Finetune(epochs=2 * epochs, lr=2e-3)(model, Context(task=task))
-    found = []
-    for name, what, steps, options in rows(epochs):
-        model = trained["normed" if name == "train.batch-norm" else "plain"]
-        with tempfile.TemporaryDirectory() as folder:
-            started = time.monotonic()
-            recipe = Recipe(steps=steps, file=options)
-            record = es.compress(model, task, recipe, out=Path(folder) / "run", timing_seconds=0).record
-            seconds = time.monotonic() - started
-        measured = {
-            "bytes": record["files"]["model.weights.espalier"]["bytes"],
-            "test_error": 100 - record["test"]["compressed"]["value"],
-            "test_error_before": 100 - record["test"]["original"]["value"],
-            "nonzero": record["compressed"]["nonzero"],
-            "seconds": round(seconds, 1),
-        }
-        print(f"{name:28} {what:44} {measured}", flush=True)
-        setting = {"network": "LeNet-300-100", "data": "MNIST", "epochs": epochs, "threads": arguments.threads}
-        found.append({"id": name, "row": what, "claimed": {}, "measured": measured, "setting": setting, "seed": 0})
-    save("methods" + ("_quick" if arguments.quick else ""), found)
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    warnings.simplefilter("always", EspalierWarning)  # a method without an effect says so
+    setting = QUICK if given.quick else FULL
+    there = set() if given.again else done(setting)
+    left = [row for row in rows(setting) if (row.id, row.what) not in there and row.id in (given.only or [row.id])]
+    print(f"{len(left)} rows, {setting}", flush=True)
+    task = task_of(setting, given.data_dir or os.environ.get("ESPALIER_DATA"))  # type: ignore[arg-type]
+    starts: dict[str, nn.Module] = {}
+    failed = []
+    for row in left:
+        if row.network not in starts:
+            starts[row.network] = trained(row.network, setting, task)
+        try:
+            found = measured(row, starts[row.network], task)
+        except Exception:
+            failed.append(f"{row.id} ({row.what})")
+            print(f"{row.id} failed:\n{traceback.format_exc()}", flush=True)
+            continue
+        print(f"{row.id:28} {row.what:60} {found}", flush=True)
+        described = {
+            "network": NETWORKS[row.network][0], "data": "MNIST", "mode": setting.mode, "epochs": setting.epochs,
+            "images": setting.images, "test_images": setting.judged, "threads": given.threads,
+        }  # fmt: skip
+        entry = {"id": row.id, "row": row.what, "claimed": {}, "measured": found, "setting": described, "seed": 0}
+        save(FILE, [entry])
+    if failed:
+        sys.exit(f"{len(failed)} rows failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

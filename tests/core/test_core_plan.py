@@ -464,3 +464,13 @@ def test_a_table_is_not_cut_and_neither_is_its_state() -> None:
     CUT.apply(model, optimizer)
     assert bits(optimizer.state[table]["exp_avg"]) == bits(before)
     step(model, optimizer)
+
+
+@pytest.mark.parametrize("name", ["1.weight", "1.bias"])
+def test_norms_with_masks_are_normalised_too(name: str) -> None:
+    model, x = normed(), example_input(2)
+    attach(slots(model)[name], Mask(torch.tensor([True, False, True, True, False])))
+    before = model(x)
+    Plan((Normalise(),)).apply(model)
+    assert torch.allclose(model(x), before, atol=1e-5)
+    assert (model[1].weight[1] == 0) == (name == "1.weight")

@@ -27,7 +27,7 @@ from espalier.core.errors import (
 )
 from espalier.core.forms import Form
 from espalier.core.method import fits
-from espalier.core.parametrize import Slot, require_phase, slots
+from espalier.core.parametrize import Slot, bake, require_phase, slots
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -405,7 +405,13 @@ class Normalise(Edit):
 
     def apply(self, model: nn.Module) -> None:
         """Rewrite weight and bias; the function in eval mode is the same to rounding."""
-        for _, norm in self.norms(model):
+        norms = self.norms(model)
+        owners = {id(norm) for _, norm in norms}
+        for slot in slots(model).values() if norms else ():
+            # what a form computes cannot be written to: the old scale would stay beside the new statistics
+            if slot.form is not None and any(id(module) in owners for _, module, _ in slot.owners):
+                bake(slot)
+        for _, norm in norms:
             with torch.no_grad():
                 scale, shift = scale_and_shift(norm)
                 norm.weight.copy_(scale)

@@ -1,0 +1,1 @@
+"""What ``benchmarks/methods.py`` is made of: the networks and the rows."""
