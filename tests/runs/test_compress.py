@@ -12,6 +12,7 @@ from torch import nn
 
 import espalier as es
 from espalier.core.errors import (
+    Corrupt,
     DataError,
     EspalierWarning,
     ModelError,
@@ -316,3 +317,19 @@ def test_zeros_are_run_or_the_report_says_that_they_do_not_pay(task, tmp_path):
     record = es.compress(wide, task, step, out=tmp_path / "run", timing_seconds=0.1, device="cpu").record
     assert record["zeros"]["layers"][0]["layout"] == "blocks of 8"
     assert any(note.startswith("zeros: ") for note in record["notes"])
+
+
+def test_a_file_that_computes_something_else_is_refused(model, task, tmp_path, monkeypatch):
+    import espalier.runs.files as files
+
+    whole = files.freeze_model
+
+    def wrong(*args, **more):
+        frozen = whole(*args, **more)
+        name = next(name for name in frozen.tensors if name.endswith("weight"))
+        frozen.tensors[name] = frozen.tensors[name].take(0, np.arange(frozen.tensors[name].shape[0])[::-1].copy())
+        return frozen
+
+    monkeypatch.setattr(files, "freeze_model", wrong)
+    with pytest.raises(Corrupt, match="disagree by"):
+        compress(model, task, Prune(sparsity=0.5), tmp_path / "run")

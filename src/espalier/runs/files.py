@@ -32,6 +32,8 @@ LARGEST_WEIGHED = 5_000_000
 
 Tell = Callable[[int, int], None]
 SELF_CONTAINED, WEIGHTS_ONLY = "model.espalier", "model.weights.espalier"
+AGREE = {"fp32": 1e-3, "fp16": 0.1}
+"""Largest difference of a re-loaded file's outputs, relative to the largest output; fp16 is judged by the metric."""
 
 
 @dataclass(frozen=True)
@@ -195,6 +197,8 @@ def write_files(model: nn.Module, original: nn.Module, context: Context, options
         )
     floats = "fp32" if options.floats == "auto" else options.floats
     best = _write_both(frozen, original, context, options, folder, floats)
+    if task is not None:
+        _check_written(model, best, task)
     if options.floats == "auto" and best.val is not None and task is not None:
         narrow = _write_both(frozen, original, context, options, folder, "fp16")
         assert narrow.val is not None  # noqa: S101 - same task
@@ -206,6 +210,16 @@ def write_files(model: nn.Module, original: nn.Module, context: Context, options
         context.note(f"remaining floats stored as fp32: fp16 would cost {loss:.3f} on val, {allowed:.3f} is allowed.")
         best = _write_both(frozen, original, context, options, folder, "fp32")
     return best
+
+
+def _check_written(model: nn.Module, written: Written, task: Task) -> None:
+    """Raise ``Corrupt`` unless the re-loaded model computes what the model did before it was frozen."""
+    difference = outputs_agree(written.model, plain(copy_model(model)).cpu(), task)
+    if not difference <= AGREE[written.floats]:
+        raise Corrupt(
+            f"the re-loaded file and the model it was written from disagree by {difference:.2g} (relative). Please "
+            "report the model and the recipe; the checkpoint of the last step holds the model."
+        )
 
 
 def _write_both(
@@ -224,7 +238,7 @@ def _write_both(
     task, scores = context.task, {}
     if task is not None and frozen.graph is not None:
         difference = outputs_agree(model, filled, task)
-        if not difference <= 1e-3:
+        if not difference <= AGREE["fp32"]:
             raise Corrupt(
                 f"the two re-loaded files disagree by {difference:.2g} (relative); the graph of this model is not "
                 "reproduced faithfully. Please report the model; meanwhile use model.weights.espalier with into=."
