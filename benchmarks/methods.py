@@ -5,7 +5,7 @@ python benchmarks/methods.py [--quick] [--again] [--only prune.lamp ...] [--data
 Every row starts from the same trained network of its kind (``methods_parts/networks.py``) and changes one thing
 (``methods_parts/rows.py``), so that the rows of one kind can be compared with each other; none is tuned. The random
 rows are the baseline the others must beat. Rows are kept: a second call goes on where the first stopped. ``--quick``:
-10,000 training images, half of the test images and one epoch in place of three; a full row is never replaced by a
+10,000 training images, half of the test images and two epochs in place of three; a full row is never replaced by a
 quick one, a quick one is by a full one. ``--again`` does all of them again.
 """
 
@@ -39,7 +39,7 @@ from espalier.data import Loader, Normalisation, standard
 from espalier.train import Finetune
 
 FILE = "methods"
-QUICK = Setting("quick", epochs=1, images=10_000, judged=5_000, every=10)
+QUICK = Setting("quick", epochs=2, images=10_000, judged=5_000, every=10)
 FULL = Setting("full", epochs=3, images=55_000, judged=10_000, every=50)
 
 
@@ -61,7 +61,7 @@ def task_of(setting: Setting, folder: Path | None) -> es.Task:
 def trained(network: str, setting: Setting, task: es.Task) -> nn.Module:
     """The network that all rows of its kind start from; seeded, so that a later call trains the same."""
     torch.manual_seed(0)
-    return Finetune(epochs=setting.longer, lr=2e-3)(NETWORKS[network][1](), Context(task=task))
+    return Finetune(epochs=setting.start, lr=2e-3)(NETWORKS[network][1](), Context(task=task))
 
 
 def done(setting: Setting) -> set[tuple[str, str]]:

@@ -97,7 +97,7 @@ QUICK = {
         solving_batches=4, solving_form="sparsegpt",
     ),
     "resnet20": Setting(
-        "resnet20", 5_000, 2_500, dense_epochs=3, one_shot_epochs=2, iterative_epochs=4,
+        "resnet20", 5_000, 2_500, dense_epochs=3, one_shot_epochs=1, iterative_epochs=2,
         solving_batches=4, solving_form="sparsegpt",
     ),
 }  # fmt: skip
@@ -274,7 +274,8 @@ def run(setting: Setting, folder: Path, seed: int, *, quick: bool) -> None:
             found[f"dense, epochs of {schedule}"] = measured(task, more, started)
         save(FILE, [{"id": "baseline", "row": label, **common, "measured": found}])
         print("baseline", label, json.dumps(found), flush=True)
-    for job in jobs(setting, quick=quick):
+    order = (SCHEDULES[0], BEFORE, SCHEDULES[1])  # the dearest last
+    for job in sorted(jobs(setting, quick=quick), key=lambda job: order.index(job.schedule)):
         label = f"{setting.network}, {job.schedule}, {mode}, seed {seed}"
         entries = {k: v for k, v in there.get((job.name, label), {}).get("measured", {}).items() if "failed" not in v}
         for sparsity in job.sparsities:

@@ -52,6 +52,11 @@ class Setting:
         return t.Finetune(epochs=self.epochs, lr=1e-3)
 
     @property
+    def start(self) -> int:
+        """Epochs of the network that all rows start from."""
+        return 2 * self.epochs if self.mode == "full" else 6 * self.epochs
+
+    @property
     def longer(self) -> int:
         """Epochs of a step that prunes while it trains: what a one-shot row has for fine-tuning, twice."""
         return 2 * self.epochs
