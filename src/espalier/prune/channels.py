@@ -16,7 +16,6 @@ import numpy as np
 from espalier.graph.channels import ChannelGroups, Group
 from espalier.prune.structure import Structural
 
-
 COARSE = 4
 """Fewer own channels than this in every convolution group are left whole, where more convolution groups can go."""
 
