@@ -34,7 +34,7 @@ from espalier.data import Normalisation, standard
 from espalier.graph.channels.surgery import groups_of, remove
 from espalier.prune import Causality, Magnitude, Random
 from espalier.prune.parts import Criterion
-from espalier.prune.structure import unit_scores
+from espalier.prune.unit_scores import unit_scores
 from espalier.train import SGD, Crop, Finetune, Flip
 
 TOLERANCES = (0.002, 0.005, 0.01, 0.02)

@@ -22,7 +22,7 @@ from espalier.core.method import Method, Technique, fields_of
 from espalier.core.parametrize import slots
 from espalier.core.recipe import Recipe
 from espalier.prune import Prune
-from espalier.prune.structure import Removing
+from espalier.prune.removing import Removing
 from espalier.share import KMeans
 from espalier.testing import EXAMPLES, bits, effective, fingerprint, frozen_copy, outputs, shortened
 from espalier.train import Finetune

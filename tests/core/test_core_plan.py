@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from espalier.core.edits import Remove, Replace, SetAttribute, Tie
 from espalier.core.errors import (
     Corrupt,
     EspalierError,
@@ -23,22 +24,11 @@ from espalier.core.errors import (
     UnknownNameError,
 )
 from espalier.core.forms import Mask, Shared
+from espalier.core.keep import Keep
+from espalier.core.norms import Fold, Normalise, scale_and_shift
 from espalier.core.parametrize import attach, slots
-from espalier.core.plan import (
-    EDITS,
-    SPEC_CLASSES,
-    Fold,
-    Keep,
-    Normalise,
-    Plan,
-    Remove,
-    Replace,
-    SetAttribute,
-    Tie,
-    applied,
-    build,
-    scale_and_shift,
-)
+from espalier.core.plan import EDITS, Plan, applied
+from espalier.core.spec import SPEC_CLASSES, build
 from espalier.testing import EXAMPLES, bits
 
 BY_NAME = {example.name: example for example in EXAMPLES}

@@ -14,7 +14,7 @@ from espalier.data import standard
 from espalier.graph.channels.surgery import groups_of, remove
 from espalier.prune import Channels, Magnitude, Prune
 from espalier.prune.analysis import analyse, lowest
-from espalier.prune.structure import Removal
+from espalier.prune.unit_removal import Removal
 from espalier.runs.checkpoint import EpochFile
 from espalier.tasks import classification
 from espalier.train import Finetune

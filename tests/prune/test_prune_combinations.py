@@ -15,7 +15,7 @@ from espalier.core.context import Context
 from espalier.core.errors import EspalierWarning, ModelError, UsageError
 from espalier.prune import Activations, Criterion, Global, Heads, Layers, Linear, OneShot, Prune, Row, Tensors
 from espalier.prune.parts import CutCriterion, FixedPattern, Pattern, Projection, SolvingCriterion, WatchingCriterion
-from espalier.prune.structure import Removing
+from espalier.prune.removing import Removing
 from espalier.testing import EXAMPLES, effective, fingerprint, outputs
 
 fill_registry()

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 import espalier as es
 from espalier.core.context import Context
 from espalier.core.errors import ModelError
+from espalier.core.merge import Merge
 from espalier.core.model import copy_model
-from espalier.core.plan import Merge, Plan, applied
+from espalier.core.plan import Plan, applied
 from espalier.core.task import Task, classification
 from espalier.data import standard
 from espalier.prune import Activations, Layers, Linear, Magnitude, Prune

@@ -14,7 +14,7 @@ from espalier.core.errors import DataError, ModelError, NumericError
 from espalier.core.selection import select
 from espalier.core.task import Task
 from espalier.prune import MeanWeight, Scale
-from espalier.prune.gradients import Against, samples
+from espalier.train.looking import Against, samples
 from espalier.prune.responses import averages, stream, unit_rows
 from espalier.testing import EXAMPLES, fingerprint
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,11 +13,13 @@ from torch import Tensor, nn
 from espalier.core.context import Context
 from espalier.core.errors import ModelError, NumericError
 from espalier.core.model import copy_model
+from espalier.core.recipe import FileOptions
 from espalier.core.task import Task, classification
 from espalier.graph.channels.surgery import groups_of
 from espalier.prune import (
     ActivationMean,
     Channels,
+    Exponential,
     Global,
     Heads,
     Layer,
@@ -30,7 +33,11 @@ from espalier.prune import (
     Scale,
 )
 from espalier.prune.analysis import analyse
-from espalier.prune.structure import Removal, transposed_weights, unit_scores
+from espalier.prune.parts import Scope
+from espalier.prune.preview import preview
+from espalier.prune.unit_removal import Removal
+from espalier.prune.unit_scores import transposed_weights, unit_scores
+from espalier.runs.files import freeze_model, write_weights
 from espalier.train import EarlyStopping
 
 
@@ -181,6 +188,90 @@ def test_what_may_stay_is_never_exceeded() -> None:
         smaller = Prune(pattern=Channels(measure="parameters"), sparsity=sparsity)(model, Context(task=task()))
         left = sum(p.numel() for p in smaller.parameters())
         assert (1 - sparsity - 0.08) * count < left <= (1 - sparsity) * count
+
+
+MEASURES = ("units", "parameters", "macs", "bytes", "ms")
+
+
+@pytest.fixture
+def milliseconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that tells the number of parameters."""
+
+    def counted(removal: Removal, chosen: Any) -> float:
+        return sum(p.numel() for p in removal.small(chosen).parameters()) / 100
+
+    monkeypatch.setattr(Removal, "_milliseconds", counted)
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+@pytest.mark.usefixtures("milliseconds")
+def test_shares_are_of_the_start_of_the_step(measure: Any) -> None:
+    """Also in the last of several rounds, also after a resume; and the record says what there was and is."""
+    pattern = Channels(measure=measure)
+    step = Prune(pattern=pattern, schedule=Listed(values=(0.25, 0.4, 0.5)), epochs=3, lr=1e-4)
+    whole = Removal.of(step, pattern, cnn(), Context(task=task())).left()
+    died = StoredContext(task=task())
+    died.epochs().die_after = 2
+    with pytest.raises(KeyboardInterrupt):
+        step.transform(cnn(), died)
+    for context in (StoredContext(task=task()), StoredContext(task=task(), stores=died.stores)):
+        smaller = step.transform(cnn(), context)
+        left = Removal.of(step, pattern, smaller, context).left()
+        assert context.record.details["measure"] == {
+            "name": measure, "before": whole, "after": left, "asked": 0.5 * whole,
+        }  # fmt: skip
+        assert 0.38 * whole < left <= 0.51 * whole  # trained weights take a few bytes more or less
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+@pytest.mark.usefixtures("milliseconds")
+def test_a_plan_and_a_run_say_the_same(measure: Any) -> None:
+    step = Prune(pattern=Channels(measure=measure), sparsity=0.5)
+    context = Context(task=task())
+    step.transform(cnn(), context)
+    planned, done = preview(step, cnn(), Context(task=task())).to_json(), context.record.details
+    for name in ("parameters", "macs"):
+        assert planned[name] == tuple(done[name].values())
+    assert [row["after"] for row in planned["groups"]] == [row["after"] for row in done["groups"]]
+    assert planned["measure"] == pytest.approx(done["measure"], abs=16 if measure == "bytes" else 1e-9)
+
+
+@pytest.mark.parametrize("scope", [Layer(floor=0.5), Global(floor=0.5)])
+def test_the_floor_is_a_share_of_the_start(scope: Scope) -> None:
+    step = Prune(pattern=Channels(), scope=scope, schedule=Listed(values=(0.5, 0.7, 0.9)), epochs=3, lr=1e-4)
+    assert widths(step.transform(cnn(), Context(task=task()))) == [4, 6]
+
+
+def test_what_is_down_to_one_unit_still_counts() -> None:
+    step = Prune(pattern=Channels(normalise=False), scope=Global(), sparsity=0.7, lr=1e-5)
+    for rounds in (step, step.replace(sparsity=None, schedule=Listed(values=(0.4, 0.55, 0.7)), epochs=3)):
+        context = Context(task=task())
+        assert widths(rounds.transform(cnn(), context)) == [5, 1]
+        assert context.record.details["measure"]["after"] == 6
+
+
+def test_a_target_out_of_reach_is_noted_once() -> None:
+    context = Context(task=task())
+    step = Prune(pattern=Channels(measure="parameters"), schedule=Listed(values=(0.97, 0.98, 0.99)), epochs=3, lr=1e-4)
+    step.transform(cnn(), context)
+    assert sum("cannot be reached" in note for note in context.record.notes) == 1
+
+
+def test_rounding_is_no_early_end() -> None:
+    context = Context(task=task())
+    step = Prune(pattern=Channels(), schedule=Exponential(end=0.5), sparsity=0.1, epochs=3, lr=1e-4)
+    assert step.schedule.sparsity(1.0, 0.1) < 0.1
+    step.transform(cnn(), context)
+    assert not context.record.notes
+
+
+def test_bytes_are_those_of_the_file(tmp_path: Path) -> None:
+    context, model = Context(task=task()), cnn()
+    for tensor in (*model[1].parameters(), model[1].running_mean, model[1].running_var):
+        tensor.data.uniform_(1, 2)
+    smaller = Prune(pattern=Channels(measure="bytes")).transform(model, context)
+    info = write_weights(freeze_model(smaller, None), tmp_path / "weights", FileOptions(), "fp16")
+    assert info.bytes - info.plans == pytest.approx(context.record.details["measure"]["after"], abs=24)  # a row for the plan
 
 
 def test_infinite_weights_are_not_ranked() -> None:

@@ -10,13 +10,16 @@ SLACK = 1.02
 """A target is missed by more than two percent."""
 UNITS = {
     "units": "units", "parameters": "parameters", "macs": "multiply-adds", "ms": "ms",
-    "bytes": "bytes of coded weights",
+    "bytes": "bytes of weights",
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Goal:
-    """``option`` as it was given: ``share`` of ``measure`` is to go, or ``left`` may stay; units go by ``multiple``."""
+    """``option`` as it was given: ``share`` of ``measure`` is to go, or ``left`` may stay; units go by ``multiple``.
+
+    ``original``: bytes of the original as fp32 safetensors, which a size is a share of.
+    """
 
     option: str
     measure: str
@@ -24,6 +27,7 @@ class Goal:
     left: float | None = None
     multiple: int = 1
     part: str | None = None
+    original: int | None = None
 
     def of_plan(self, found: Mapping[str, Any]) -> Verdict | None:
         """What a plan reaches; None where it does not say."""
@@ -32,7 +36,10 @@ class Goal:
         if self.measure == "units":
             return self._units(found["groups"])
         measured = _measured(found)
-        return None if measured is None else self._judged(*measured)
+        if measured is None:
+            return None
+        before, after = measured
+        return self._judged(before if self.original is None else self.original, after)
 
     def of_record(self, record: Mapping[str, Any]) -> Verdict | None:
         """What a run reached: counted in the model, weighed in the file; milliseconds as the step timed them."""

@@ -17,19 +17,23 @@ if TYPE_CHECKING:
 
 LINE = 300
 _MEASURED = {"bytes": "bytes of the coded weights", "ms": "milliseconds of one call"}
+_INSTEAD = "Run it without --dry-run: your model is not changed, the result stands in the folder of --out."
 
 
 def dry_run(project: Path, step: Prune, goal: Goal | None, loaded: Project) -> dict[str, Any]:
     """The plan as plain data; the project's model is not touched. Raises ``UsageError`` where a step has none."""
     from espalier.core.context import Context
     from espalier.core.model import copy_model
-    from espalier.prune.structure import Structural, preview
+    from espalier.prune.preview import preview
+    from espalier.prune.structure import Structural
 
     context = Context(task=loaded.task, models={**loaded.models, "original": loaded.model})
     if isinstance(step.pattern, Structural):
-        found = preview(step, copy_model(loaded.model), context).to_json()
+        found = preview(_untrained(step), copy_model(loaded.model), context).to_json()
     else:
         found = _masked(step, loaded, context)
+    if step.epochs:
+        context.note("chosen by the weights as they are now; with --epochs the choice is made while they train.")
     verdict = goal.of_plan(found) if goal is not None else None
     target = {} if verdict is None else {"target": verdict.to_json()}
     return {
@@ -37,30 +41,32 @@ def dry_run(project: Path, step: Prune, goal: Goal | None, loaded: Project) -> d
     }  # fmt: skip
 
 
+def _untrained(step: Prune) -> Prune:
+    """The step without its training. Raises ``UsageError`` where it decides in training."""
+    try:
+        return step.replace(epochs=0)
+    except UsageError as error:
+        raise UsageError(f"--dry-run does not train, and this step decides in training: {error} {_INSTEAD}") from error
+
+
 def _masked(step: Prune, loaded: Project, context: Context) -> dict[str, Any]:
     """How many weights of each layer a masking step would set to zero, found out on a copy, without training."""
     from espalier.core.model import copy_model
     from espalier.core.parametrize import slots
     from espalier.prune.parts import Projection
-    from espalier.prune.structure import Removing
+    from espalier.prune.removing import Removing
 
-    instead = "Run it without --dry-run: your model is not changed, the result stands in the folder of --out."
     if isinstance(step.pattern, (Removing, Projection)):
         raise UsageError(
             f"--dry-run shows what goes of channels, heads and single weights; pattern {step.pattern.id} decides while "
-            f"it works. {instead}"
+            f"it works. {_INSTEAD}"
         )
-    try:
-        once = step.replace(epochs=0)
-    except UsageError as error:
-        raise UsageError(f"--dry-run does not train, and this step decides in training: {error} {instead}") from error
+    once = _untrained(step)
     context.check(once)
     model = copy_model(loaded.model)
     zeros = {name: int((slot.value() == 0).sum()) for name, slot in slots(model).items()}
     with context.entered():
         model = context.perform(once, model)
-    if step.epochs:
-        context.note("chosen among the weights as they are now; with --epochs the choice is made while they train.")
     layers = [
         {
             "name": name,

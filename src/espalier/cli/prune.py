@@ -27,6 +27,7 @@ from espalier.cli.common import (
     warnings_as_sentences,
 )
 from espalier.cli.goal import UNITS, Goal, Verdict, number
+from espalier.cli.steps import pruning, units
 from espalier.core.errors import UsageError
 
 if TYPE_CHECKING:
@@ -126,37 +127,49 @@ def build(
 ) -> tuple[Prune, Goal | None]:
     """The step the options describe, and its target where that is a number that can be missed."""
     from espalier.core.context import Context
-    from espalier.core.recipe import step_from_data
     from espalier.measure.size import fp32_safetensors_bytes
-    from espalier.prune import Channels, Heads, Prune
     from espalier.prune.parts import CutCriterion, FixedPattern
-    from espalier.prune.structure import Removal
+    from espalier.prune.unit_removal import Removal
 
-    step = step_from_data({"prune.prune": {name: value for name, value in fields.items() if value is not None}})
-    assert isinstance(step, Prune)  # noqa: S101 - named so
+    step = pruning(fields)
     what, text = next(((name, text) for name, text in amounts.items() if text is not None), ("", ""))
     if not what:  # what decides the amount itself
         if not isinstance(step.pattern, FixedPattern) and not isinstance(step.criterion, CutCriterion):
             raise none_given()
         return step, None
     share, left = parse_amount(text, what)
+    ends = step.schedule.final
+    if ends is not None and share != ends:
+        raise UsageError(
+            f"--schedule {step.schedule.id} ends where {ends:.1%} is gone, whatever --{what} {text} asks for. Give "
+            "one that goes as far as it is told (linear, cubic, exponential)."
+        )
     if what == "sparsity":
         return step.replace(sparsity=share), None
     measure: Any = MEASURES[what]
     rounded = multiple or 1
-    pattern = Channels(measure=measure, multiple=rounded, analyse=analyse)
-    if part is not None:
-        pattern = Heads(part=part, measure=measure, multiple=rounded, analyse=analyse)  # type: ignore[arg-type,assignment]
-    if what == "size" and share is not None:  # as everywhere: of the original saved as fp32 safetensors
-        left = (1 - share) * fp32_safetensors_bytes(project.model)
+    pattern = units(part, measure=measure, multiple=rounded, analyse=analyse)
+    original = fp32_safetensors_bytes(project.model) if what == "size" else None
+    if original is not None and share is not None:  # as everywhere: of the original saved as fp32 safetensors
+        left = (1 - share) * original
     step = step.replace(pattern=pattern, sparsity=0.5 if share is None else share)
     if left is not None:
-        start = Removal.of(step, pattern, project.model, Context(task=project.task)).start_of(measure)
+        start = Removal.of(step, pattern, project.model, Context(task=project.task)).before
         if left >= start:
-            raise UsageError(
-                f"--{what} {text}: the model has {number(start)} {UNITS[measure]} already, so nothing needs to go. Ask "
-                "for less."
-            )
+            raise UsageError(_there_already(f"--{what} {text}", measure, left, start, original))
         share = 1 - left / start
         step = step.replace(sparsity=share)
-    return step, Goal(f"--{what} {text}", measure, share or 0.0, left, rounded, part)
+    return step, Goal(f"--{what} {text}", measure, share or 0.0, left, rounded, part, original)
+
+
+def _there_already(option: str, measure: str, left: float, start: float, original: int | None) -> str:
+    """What to say where no more than ``left`` is there before anything goes."""
+    if original is None:
+        return (
+            f"{option}: the model has {number(start)} {UNITS[measure]} already, so nothing needs to go. Ask for less."
+        )
+    return (
+        f"{option}: {number(round(left))} of the {number(original)} bytes of the original (fp32 safetensors) may stay, "
+        f"and coded (floats as fp16) the model has {number(start)} bytes of weights already, so nothing needs to go. "
+        f"Ask for less: a share from {int(100 * (1 - start / original)) + 1}% on."
+    )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from espalier.cli.common import DataDir, Json, Layers, Part, ProjectFile, Threads, emit, prepare, warnings_as_sentences
+from espalier.cli.steps import pruning, units
 from espalier.core.errors import UsageError
 
 if TYPE_CHECKING:
@@ -49,19 +50,14 @@ def measured(
     from espalier.core.context import Context
     from espalier.core.files import write_atomic
     from espalier.core.model import copy_model
-    from espalier.core.recipe import step_from_data
-    from espalier.prune import Channels, Heads, Prune
     from espalier.prune.analysis import analyse
-    from espalier.prune.structure import Removal
+    from espalier.prune.unit_removal import Removal
     from espalier.runs.checkpoint import EpochFile
 
-    step = step_from_data({"prune.prune": {name: value for name, value in fields.items() if value is not None}})
-    assert isinstance(step, Prune)  # noqa: S101 - named so
-    pattern = Channels() if part is None else Heads(part=part)  # type: ignore[arg-type]
-    step = step.replace(pattern=pattern)
+    step, pattern = pruning(fields), units(part)
     context = Context(task=project.task, models={"original": project.model}, listener=listener)
     store = EpochFile(out / "sensitivity.part")
-    removal = Removal.of(step, pattern, copy_model(project.model), context)
+    removal = Removal.of(step.replace(pattern=pattern), pattern, copy_model(project.model), context)
     found = analyse(removal, parse_levels(levels), store=store)
     write_atomic(out / "sensitivity.json", (json.dumps(found, indent=1) + "\n").encode())
     return found

@@ -13,10 +13,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from espalier.core.edits import Edit
 from espalier.core.errors import Corrupt, LimitExceeded, PhaseError
 from espalier.core.forms import Mask
 from espalier.core.parametrize import attach, slots
-from espalier.core.plan import Edit, register_edit
+from espalier.core.plan import register_edit
 from espalier.graph.graph import Graph
 from espalier.graph.runner import Runner
 from espalier.graph.serialise import dumps, loads

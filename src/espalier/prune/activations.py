@@ -23,16 +23,17 @@ from torch import Tensor, nn
 
 from espalier.core.callback import Callback, Loop
 from espalier.core.context import Context
+from espalier.core.edits import Remove
 from espalier.core.errors import ModelError
 from espalier.core.fields import Batches
 from espalier.core.metric import first_tensor
 from espalier.core.model import copy_model, device_of, evaluating
 from espalier.core.parametrize import slots
-from espalier.core.plan import Plan, Remove
+from espalier.core.plan import Plan
 from espalier.core.task import capture_call, to_device
 from espalier.prune.layers import how_many, skipped
 from espalier.prune.merging import graph_of, merge_linear
-from espalier.prune.structure import Removing, final_sparsity
+from espalier.prune.removing import Removing, final_sparsity
 
 if TYPE_CHECKING:
     from espalier.prune.prune import Prune

@@ -22,7 +22,7 @@ from espalier.core.errors import UsageError
 from espalier.core.model import digest
 from espalier.core.recipe import step_to_data
 from espalier.core.task import Split
-from espalier.prune.structure import Removal
+from espalier.prune.unit_removal import Removal
 
 LEVELS = (0.25, 0.5, 0.75)
 """Shares of a group that are tried by default."""

@@ -37,10 +37,10 @@ from espalier.graph.edit import state_of
 from espalier.graph.runner import inputs_of
 from espalier.prune.channels import default_groups
 from espalier.prune.decisions import decided, single, wanted
-from espalier.prune.gradients import batches, looking
 from espalier.prune.interventions import Interventions, Units
 from espalier.prune.sensitivity import Sensitivity
-from espalier.prune.structure import unit_scores
+from espalier.prune.unit_scores import unit_scores
+from espalier.train.looking import batches, looking
 
 
 def bisect(order: NDArray[np.int64], allowed: Callable[[NDArray[np.int64]], bool]) -> NDArray[np.int64]:

@@ -19,7 +19,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from espalier.core.context import Context
 from espalier.core.parametrize import slots
-from espalier.prune.gradients import batches, looking
+from espalier.train.looking import batches, looking
 
 SEEN = 8
 """Training batches the means are taken over."""

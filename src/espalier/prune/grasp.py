@@ -18,7 +18,7 @@ from espalier.core.context import Context
 from espalier.core.fields import Batches
 from espalier.core.selection import Selection
 from espalier.prune.connections import Connections, lowest_removed
-from espalier.prune.gradients import (
+from espalier.train.looking import (
     batches,
     connected,
     derivative,

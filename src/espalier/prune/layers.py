@@ -19,16 +19,17 @@ from torch import Tensor, nn
 
 from espalier.core.callback import Callback, Loop
 from espalier.core.context import Context
+from espalier.core.edits import Remove
 from espalier.core.errors import ModelError
 from espalier.core.fields import Batches, Multiple
 from espalier.core.metric import first_tensor
 from espalier.core.model import device_of, evaluating
 from espalier.core.parametrize import slots
-from espalier.core.plan import Plan, Remove
+from espalier.core.plan import Plan
 from espalier.core.selection import Selection
 from espalier.core.task import to_device
 from espalier.graph import Runner
-from espalier.prune.structure import Removing, final_sparsity, settled
+from espalier.prune.removing import Removing, final_sparsity, settled
 
 if TYPE_CHECKING:
     from espalier.prune.prune import Prune

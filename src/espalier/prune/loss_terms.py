@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from espalier.core.context import Context
 from espalier.core.errors import DataError, ModelError, UsageError
 from espalier.core.selection import Selection, weights
-from espalier.prune.gradients import batches, derivative, finite, leaves, looking
+from espalier.train.looking import batches, derivative, finite, leaves, looking
 
 Term = Callable[[Any, Any], Tensor]
 

@@ -23,10 +23,10 @@ from torch.overrides import TorchFunctionMode
 
 from espalier.core.context import Context
 from espalier.core.selection import Selection
-from espalier.prune.gradients import batches, looking
 from espalier.prune.grouping import looked_up
 from espalier.prune.parts import Criterion, Scores
 from espalier.prune.responses import FOLLOWED, unit_layers, unit_rows
+from espalier.train.looking import batches, looking
 
 _KEY = "_espalier_source"
 _POOLS = ("max_pool", "avg_pool", "adaptive_avg_pool", "adaptive_max_pool", "lp_pool")

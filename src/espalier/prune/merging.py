@@ -8,9 +8,11 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from espalier.core.context import Context
+from espalier.core.merge import Merge, unmergeable
 from espalier.core.model import copy_model, device_of
+from espalier.core.norms import BATCH_NORMS, Fold
 from espalier.core.parametrize import plain, slots
-from espalier.core.plan import BATCH_NORMS, Fold, Merge, Plan, unmergeable
+from espalier.core.plan import Plan
 from espalier.core.task import capture_call, to_device
 from espalier.graph import trace
 from espalier.graph.graph import Graph, Node, Value, Weight, references

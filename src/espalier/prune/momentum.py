@@ -23,9 +23,9 @@ from espalier.core.context import Context
 from espalier.core.fields import Batches
 from espalier.core.fields import Momentum as Decay
 from espalier.core.selection import Selection
-from espalier.prune.gradients import each_gradient
 from espalier.prune.parts import Criterion, Scores
 from espalier.prune.responses import averages, stream
+from espalier.train.looking import each_gradient
 
 Signal = Literal["combined", "size", "toward-zero", "turns"]
 Moment = Literal["first", "mean", "variance", "skewness", "kurtosis"]

@@ -23,7 +23,8 @@ from espalier.core.context import Context
 from espalier.core.fields import Batches, Probes
 from espalier.core.metric import first_tensor
 from espalier.core.selection import Selection
-from espalier.prune.gradients import (
+from espalier.prune.parts import Criterion, Scores
+from espalier.train.looking import (
     batches,
     connected,
     derivative,
@@ -35,7 +36,6 @@ from espalier.prune.gradients import (
     samples,
     scalar,
 )
-from espalier.prune.parts import Criterion, Scores
 
 
 def damage(weight: Tensor, curvature: Tensor) -> Tensor:

@@ -14,11 +14,8 @@ Departs  Each layer sees the inputs that the layers pruned before it produce, of
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,34 +27,13 @@ from espalier.core.fields import Fraction, Group, Rounds
 from espalier.core.parametrize import Slot
 from espalier.core.ranking import smallest
 from espalier.core.selection import Selection
-from espalier.prune.gradients import batches, looking
 from espalier.prune.parts import Scores, SolvingCriterion
+from espalier.train.layers import as_matrix, damped, from_matrix, hessians, in_order, solvable
 
 CHUNK = 2**24  # numbers held for inverse Hessians of single rows at a time
-DEAD = 1e-8  # share of the mean diagonal that stands for an input that was never active
-PIVOT = 1e-12  # an input of which less than this share is not a combination of others leaves no digit to solve with
 Groups = tuple[int, int] | None
 
 # --- kernels: w (rows, n), hessian (n, n), kept (rows, n); groups (n,): number of each column's group, -1 for none ---
-
-
-def damped(hessian: Tensor, damping: float) -> Tensor:
-    """``hessian`` with ``damping`` times its mean diagonal added; the identity where no input was ever active.
-
-    An input that was never active gets ``DEAD`` times the mean at least: its weights cost next to nothing.
-    """
-    diagonal = hessian.diagonal()
-    mean = diagonal.mean()
-    if not mean:
-        return torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
-    share = torch.where(diagonal > 0, damping, max(damping, DEAD))
-    return hessian + torch.diag(share.to(hessian.dtype) * mean)
-
-
-def solvable(hessian: Tensor) -> bool:
-    """Whether ``hessian`` has an inverse that holds more than rounding errors."""
-    factor, failed = torch.linalg.cholesky_ex(hessian)
-    return not failed and bool((factor.diagonal().square() > PIVOT * hessian.diagonal()).all())
 
 
 def eliminate(w: Tensor, hessian: Tensor, kept: Tensor, groups: Tensor | None, stay: int) -> tuple[Tensor, Tensor]:
@@ -162,39 +138,6 @@ def sparsegpt(
     return w.masked_fill(removed, 0), ~removed
 
 
-# --- a layer as a matrix: columns run over kernel positions, inside them over inputs ----------------------------------
-
-
-def as_matrix(weight: Tensor) -> Tensor:
-    """``(out, in, *kernel)`` -> ``(out, kernel * in)``."""
-    return weight.movedim(1, -1).flatten(1)
-
-
-def from_matrix(matrix: Tensor, shape: torch.Size) -> Tensor:
-    """Inverse of :func:`as_matrix`."""
-    return matrix.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
-
-
-def columns(module: nn.Module, x: Tensor) -> Iterator[Tensor]:
-    """The inputs of ``module`` as (samples, columns), once for each group of a convolution."""
-    if isinstance(module, nn.Linear):
-        yield x.reshape(-1, x.shape[-1])
-        return
-    assert isinstance(module, (nn.Conv1d, nn.Conv2d))  # noqa: S101 - see refuses()
-    flat = isinstance(module, nn.Conv1d)
-    spatial = module.weight.ndim - 2
-    x = x if x.ndim == spatial + 2 else x[None]
-    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    x = F.pad(x, module._reversed_padding_repeated_twice, mode=mode)
-    sizes: list[Any] = [
-        (1, *value) if flat else value for value in (module.kernel_size, module.dilation, module.stride)
-    ]
-    patches = F.unfold(x[:, :, None] if flat else x, sizes[0], dilation=sizes[1], stride=sizes[2])
-    parts = patches.reshape(len(x), module.groups, x.shape[1] // module.groups, -1, patches.shape[-1])
-    for group in range(module.groups):  # (samples, inputs, kernel, places) -> (samples * places, kernel * inputs)
-        yield parts[:, group].permute(0, 3, 2, 1).flatten(2).flatten(0, 1)
-
-
 @dataclass(frozen=True, kw_only=True)
 class OBS(SolvingCriterion):
     """Chooses and solves on ``batches`` of train data; ``block``: columns between two lazy updates of ``sparsegpt``.
@@ -219,23 +162,7 @@ class OBS(SolvingCriterion):
         return f"criterion {self.id} solves Linear, Conv1d and Conv2d; this is a {type(slot.module).__name__}"
 
     def order(self, model: nn.Module, selection: Selection, context: Context) -> tuple[Slot, ...]:
-        """The weights as the model first comes to them on one batch, so that what feeds a layer is solved before it.
-
-        Weights that it does not come to are last.
-        """
-        calls: dict[str, int] = {}
-
-        def note(name: str, *_: Any) -> None:
-            calls.setdefault(name, len(calls))
-
-        with ExitStack() as stack:
-            for slot in selection:
-                for module in _layers(slot):
-                    stack.callback(module.register_forward_pre_hook(partial(note, slot.name)).remove)
-            stack.enter_context(looking(model, context, grad=False))
-            for batch in batches(model, context, 1, "order of the layers"):
-                context.data.predict(model, batch)
-        return tuple(sorted(selection, key=lambda slot: calls.get(slot.name, len(calls))))
+        return in_order(model, selection, context)
 
     def metric(self, hessian: Tensor, name: str) -> Tensor:
         """The damped Hessian of the weight ``name``. Raises NumericError where it has no inverse."""
@@ -250,28 +177,7 @@ class OBS(SolvingCriterion):
 
     def hessians(self, model: nn.Module, slot: Slot, context: Context) -> list[Tensor]:
         """2 X X^T / samples over the layer's inputs, one for each group; none where the layer is never called."""
-        found: list[Tensor] = []
-        samples = 0
-
-        def gather(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            nonlocal samples
-            for group, x in enumerate(columns(module, args[0] if args else kwargs["input"])):
-                if group == len(found):
-                    found.append(torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device=x.device))
-                found[group] += 2 * (x.T.double() @ x.double())
-            samples += len(x)
-
-        with ExitStack() as stack:
-            for module in _layers(slot):
-                stack.callback(module.register_forward_pre_hook(gather, with_kwargs=True).remove)
-            stack.enter_context(looking(model, context, grad=False))
-            for batch in batches(model, context, self.batches, f"inputs of {slot.name}"):
-                context.data.predict(model, batch)
-        for hessian in found:
-            hessian /= max(1, samples)
-            if not bool(hessian.isfinite().all()):
-                raise NumericError(f"the inputs of {slot.name} hold NaN or infinity; {self.name} cannot solve for it.")
-        return found
+        return hessians(model, slot, context, self.batches)
 
     def scores(self, model: nn.Module, selection: Selection, context: Context) -> Scores:
         """The saliency of each weight if it went alone, w^2 / (2 [H^-1]_qq)."""
@@ -311,10 +217,6 @@ class OBS(SolvingCriterion):
                 solved.append(sparsegpt(w, metric, mask, sparsity, numbers, stay, self.block))
         new, stays = (torch.cat(parts) for parts in zip(*solved, strict=True))
         return from_matrix(new, shape).to(slot.latent.dtype), from_matrix(stays, shape)
-
-
-def _layers(slot: Slot) -> list[nn.Module]:
-    return list({id(module): module for _, module, _ in slot.owners}.values())
 
 
 def _groups(shape: torch.Size, groups: tuple[int, int], device: torch.device) -> tuple[Tensor, int]:

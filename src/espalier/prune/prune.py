@@ -37,10 +37,10 @@ from espalier.prune.parts import (
 )
 from espalier.prune.projections import Projections
 from espalier.prune.regrowth import MomentumRegrowth
+from espalier.prune.removing import Removing
 from espalier.prune.rewind import Restarted
 from espalier.prune.schedules import OneShot
 from espalier.prune.scopes import Layer, Row
-from espalier.prune.structure import Removing
 from espalier.prune.tensors import Tensors
 from espalier.prune.weights import Weights
 from espalier.train import SGD, Training

@@ -18,7 +18,8 @@ from espalier.prune.magnitude import Magnitude
 from espalier.prune.parts import Criterion, Scope
 from espalier.prune.prune import Prune
 from espalier.prune.scopes import Layer
-from espalier.prune.structure import Measure, Removal, Structural
+from espalier.prune.structure import Structural
+from espalier.prune.unit_removal import Measure, Removal
 
 
 @dataclass(frozen=True)

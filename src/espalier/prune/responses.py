@@ -23,9 +23,9 @@ from torch.utils import _pytree
 from espalier.core.context import Context
 from espalier.core.parametrize import Slot
 from espalier.core.selection import Selection
-from espalier.prune.gradients import Against, batches, connected, derivative, finite, looking, scalar
 from espalier.prune.masks import outputs_first
 from espalier.prune.parts import Scores
+from espalier.train.looking import Against, batches, connected, derivative, finite, looking, scalar
 
 Each = Callable[[str, Tensor, Tensor | None], None]
 """``each(weight's name, activation, gradient)``, both (batch, units, *positions); gradient None where none is asked."""

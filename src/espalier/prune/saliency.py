@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from espalier.core.context import Context
 from espalier.core.fields import Batches
 from espalier.core.selection import Selection
-from espalier.prune.gradients import needs
 from espalier.prune.parts import Criterion, Scores
 from espalier.prune.responses import averages
+from espalier.train.looking import needs
 
 
 def saliency(activation: Tensor, gradient: Tensor) -> Tensor:

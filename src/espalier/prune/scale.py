@@ -21,9 +21,9 @@ from torch.utils import _pytree
 from espalier.core.context import Context
 from espalier.core.parametrize import Slot, slots
 from espalier.core.selection import Selection
-from espalier.prune.gradients import batches, looking
 from espalier.prune.parts import Criterion, Scores
 from espalier.prune.responses import unit_layers
+from espalier.train.looking import batches, looking
 
 
 class _Consumers(TorchFunctionMode):

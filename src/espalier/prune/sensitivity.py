@@ -23,8 +23,8 @@ from espalier.core.context import Context
 from espalier.core.fields import Batches
 from espalier.core.forms import Form, Mask, Shared
 from espalier.core.selection import Selection
-from espalier.prune.gradients import each_gradient, needs
 from espalier.prune.parts import Criterion, Scores
+from espalier.train.looking import each_gradient, needs
 
 
 def contribution(gradient: Tensor, weight: Tensor, form: Literal["gradient", "taylor"]) -> Tensor:

@@ -17,7 +17,7 @@ from espalier.core.context import Context
 from espalier.core.fields import Batches
 from espalier.core.selection import Selection
 from espalier.prune.connections import Connections, lowest_removed
-from espalier.prune.gradients import each_gradient, needs
+from espalier.train.looking import each_gradient, needs
 
 
 def sensitivity(weight: Tensor, gradient: Tensor) -> Tensor:

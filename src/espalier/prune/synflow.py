@@ -26,7 +26,7 @@ from espalier.core.parametrize import slots
 from espalier.core.selection import Selection
 from espalier.core.task import to_device
 from espalier.prune.connections import Connections, lowest_removed
-from espalier.prune.gradients import connected, derivative, finite, looking
+from espalier.train.looking import connected, derivative, finite, looking
 
 
 def ones(batch: Any) -> Any:

@@ -28,8 +28,8 @@ from espalier.core.context import Context
 from espalier.core.fields import Batches
 from espalier.core.parametrize import Slot
 from espalier.core.selection import Selection
-from espalier.prune.gradients import batches, looking
 from espalier.prune.parts import Criterion, Scores
+from espalier.train.looking import batches, looking
 
 UNSEEN = "its inputs are not visible: ranked by magnitude, against other layers as if its inputs were average ones"
 _UNFOLD: dict[int, Any] = {1: conv1d_weight, 2: conv2d_weight, 3: conv3d_weight}

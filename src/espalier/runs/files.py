@@ -20,8 +20,9 @@ from espalier.core.errors import Corrupt, ModelError, PhaseError, UnknownNameErr
 from espalier.core.forms import dense_representation, from_numpy
 from espalier.core.metric import Score, first_tensor
 from espalier.core.model import copy_model, device_of, evaluating
+from espalier.core.norms import Normalise
 from espalier.core.parametrize import freeze, plain
-from espalier.core.plan import Normalise, Plan, applied
+from espalier.core.plan import Plan, applied
 from espalier.core.recipe import FileOptions
 from espalier.core.representation import Representation
 from espalier.core.task import Task, capture_call, to_device

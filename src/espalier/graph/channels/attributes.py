@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from espalier.core.plan import SetAttribute
+from espalier.core.edits import SetAttribute
 from espalier.graph.graph import Graph, Weight
 
 Shape = tuple[int, ...]

@@ -16,10 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from espalier.core.edits import Edit
 from espalier.core.errors import EspalierWarning, ModelError
+from espalier.core.keep import Keep
 from espalier.core.model import evaluating
 from espalier.core.parametrize import plain, slots
-from espalier.core.plan import Edit, Keep, Plan, applied
+from espalier.core.plan import Plan, applied
 from espalier.graph.channels.attributes import attribute_edits
 from espalier.graph.channels.flow import EXAMPLE_BATCH, Flow
 from espalier.graph.channels.groups import ChannelGroups, channel_groups

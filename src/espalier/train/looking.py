@@ -1,6 +1,6 @@
-"""Derivatives of a scalar with respect to effective weights, over a few training batches.
+"""Looking at a model over a few training batches: what flows through it, and derivatives of a scalar.
 
-What every criterion that looks at data shares: the batches, the scalar (the loss, the output itself, or the top
+What every method that looks at data shares: the batches, the scalar (the loss, the output itself, or the top
 logit), and the effective weights as leaves - those of frozen parameters and of masked ones as well.
 """
 
@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from espalier.core.context import Context
 from espalier.core.errors import DataError, ModelError, NumericError
@@ -22,7 +23,6 @@ from espalier.core.metric import first_tensor
 from espalier.core.model import device_of, evaluating
 from espalier.core.selection import Selection
 from espalier.core.task import to_device
-from espalier.prune.connections import normalising
 
 Against = Literal["loss", "output", "top"]
 """The scalar that is differentiated: the task's loss, half the squared norm of the output, or the largest logit."""
@@ -54,6 +54,24 @@ def batches(model: nn.Module, context: Context, count: int, label: str) -> Itera
         context.progress(label, done, total)
     if not done:
         raise DataError("the training data holds no batch; give Task(train=...) at least one.")
+
+
+@contextmanager
+def normalising(model: nn.Module) -> Iterator[None]:
+    """Batch norms use the batch's own statistics, as in training; theirs, empty in a fresh network, are put back."""
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    modes = [norm.training for norm in norms]
+    before: list[dict[str, Any]] = [{k: v.clone() for k, v in norm.named_buffers(recurse=False)} for norm in norms]
+    try:
+        for norm in norms:
+            norm.train()
+        yield
+    finally:
+        with torch.no_grad():
+            for norm, mode, buffers in zip(norms, modes, before, strict=True):
+                norm.training = mode
+                for name, buffer in norm.named_buffers(recurse=False):
+                    buffer.copy_(buffers[name])
 
 
 @contextmanager
