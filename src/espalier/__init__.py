@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # "import a.b as b": a from-import of itself would be typed b
     import espalier.graph as graph  # noqa: PLR0402
     import espalier.measure as measure  # noqa: PLR0402
     import espalier.prune as prune  # noqa: PLR0402
+    import espalier.quantize as quantize  # noqa: PLR0402
     import espalier.recipes as recipes  # noqa: PLR0402
     import espalier.report as report  # noqa: PLR0402
     import espalier.runs as runs  # noqa: PLR0402
@@ -44,12 +45,12 @@ _HOMES = {
     "unpack": "espalier.encode",
     "verify": "espalier.encode",
 }
-_ROOMS = ("compact", "data", "deploy", "encode", "graph", "measure", "prune", "recipes", "report", "runs", "share",
-          "tasks", "train")  # fmt: skip
+_ROOMS = ("compact", "data", "deploy", "encode", "graph", "measure", "prune", "quantize", "recipes", "report", "runs",
+          "share", "tasks", "train")  # fmt: skip
 
 __all__ = ["Context", "Metric", "Recipe", "Target", "Task", "compact", "compress", "data", "deploy", "encode", "graph",
-           "info", "load", "measure", "prune", "recipes", "report", "runs", "share", "tasks", "train", "unpack",
-           "verify"]  # fmt: skip
+           "info", "load", "measure", "prune", "quantize", "recipes", "report", "runs", "share", "tasks", "train",
+           "unpack", "verify"]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -39,21 +39,31 @@ def named(cls: type[Method]) -> str:
 
 
 def carriers(part: type[Method]) -> Iterator[Technique]:
-    """Every technique with this part in a field that takes it, training where it can."""
-    for cls in METHODS:
-        for field in fields_of(cls) if issubclass(cls, Technique) else ():
-            base = registry.part_type(field)
-            if base is not None and issubclass(part, base):
-                value: Any = (part(),) if typing.get_origin(field.annotation) is tuple else part()
-                training = {"epochs": 1} if "epochs" in {f.name for f in fields_of(cls)} else {}
-                yield shortened(fitting(cls, {field.name: value, **training}))
+    """Every technique with this part in a field that takes it, training where it can; also parts of its parts."""
+    for technique in METHODS:
+        if issubclass(technique, Technique):
+            yield from (shortened(made) for made in _carrying(technique, part(), ()) if isinstance(made, Technique))
+
+
+def _carrying(cls: type[Method], part: Method, inside: tuple[type[Method], ...]) -> Iterator[Method]:
+    """``cls`` with ``part`` in every field that takes it, or in a part that does."""
+    for field in fields_of(cls):
+        base = registry.part_type(field)
+        if base is None or cls in inside:
+            continue
+        direct = [part] if isinstance(part, base) else []
+        nested = [made for held in PARTS if issubclass(held, base) for made in _carrying(held, part, (*inside, cls))]
+        for value in (*direct, *nested):
+            given: Any = (value,) if typing.get_origin(field.annotation) is tuple else value
+            training = {"epochs": 1} if "epochs" in {f.name for f in fields_of(cls)} else {}
+            yield fitting(cls, {field.name: given, **training})
 
 
 COMPANIONS: tuple[dict[str, Method], ...] = ({}, {"pattern": Units()}, {"scope": Global()}, {"schedule": Linear()})
 """What a part may need beside it where it does not go with a technique's defaults; they say so themselves."""
 
 
-def fitting(cls: type[Technique], fields: dict[str, Any]) -> Technique:
+def fitting(cls: type[Method], fields: dict[str, Any]) -> Method:
     """``cls`` with ``fields`` and the first companions they go with."""
     for companions in COMPANIONS:
         try:

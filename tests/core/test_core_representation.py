@@ -17,6 +17,7 @@ from espalier.core.representation import (
     Codebook,
     Dense,
     Masked,
+    Outliers,
     Representation,
     bfloat16_to_float32,
     float32_to_bfloat16,
@@ -36,6 +37,35 @@ def dense(shape: tuple[int, ...], dtype: str, rng: np.random.Generator) -> Dense
 def codebook(shape: tuple[int, ...], dtype: str, rng: np.random.Generator) -> Codebook:
     centroids = np.concatenate([[0], np.sort(rng.normal(size=4))]).astype(np.float32)
     return Codebook(shape=shape, dtype=dtype, indices=rng.integers(0, 5, shape).astype(np.uint8), centroids=centroids)
+
+
+def channel_codebook(shape: tuple[int, ...], dtype: str, rng: np.random.Generator) -> Codebook:
+    if not shape:
+        return codebook(shape, dtype, rng)
+    axis = int(rng.integers(len(shape)))
+    centroids = rng.normal(size=(shape[axis], 5)).astype(np.float32)
+    indices = rng.integers(0, 5, shape).astype(np.uint8)
+    return Codebook(shape=shape, dtype=dtype, indices=indices, centroids=centroids, axis=axis)
+
+
+def grouped(shape: tuple[int, ...], dtype: str, rng: np.random.Generator) -> Affine:
+    if not shape:
+        return affine(shape, dtype, rng)
+    group = int(rng.integers(1, 5))
+    per = (shape[0], -(-int(np.prod(shape[1:])) // group))
+    return Affine(
+        shape=shape, dtype=dtype, axis=0, bits_per_code=4, group=group,
+        codes=rng.integers(-8, 8, shape).astype(np.int8),
+        scale=rng.uniform(0.1, 1, per).astype(np.float32),
+        zero_point=rng.integers(-2, 3, per).astype(np.int32),
+    )  # fmt: skip
+
+
+def outliers(shape: tuple[int, ...], dtype: str, rng: np.random.Generator) -> Outliers:
+    mask = np.asarray(rng.random(shape) < 0.2)
+    large = int(mask.sum())
+    inner = (affine, codebook)[int(rng.integers(2))]((mask.size - large,), dtype, rng)
+    return Outliers(shape=shape, dtype=dtype, mask=mask, inner=inner, exact=dense((large,), dtype, rng))
 
 
 def affine(shape: tuple[int, ...], dtype: str, rng: np.random.Generator) -> Affine:
@@ -58,7 +88,9 @@ def masked(shape: tuple[int, ...], dtype: str, rng: np.random.Generator) -> Mask
 @st.composite
 def representations(draw: st.DrawFn) -> Representation:
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    return draw(st.sampled_from([dense, codebook, affine, masked]))(draw(shapes), draw(floats), rng)
+    return draw(st.sampled_from([dense, codebook, channel_codebook, affine, grouped, masked, outliers]))(
+        draw(shapes), draw(floats), rng
+    )
 
 
 def same(one: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> bool:
@@ -75,7 +107,8 @@ def test_take_and_dense_commute(frozen: Representation, data: st.DataObject) -> 
         )
         for axis in (dim, dim - len(frozen.shape)):
             taken = frozen.take(axis, index)
-            assert type(taken) is type(frozen)
+            apart = isinstance(frozen, Affine) and frozen.group is not None and dim > 0  # groups come apart
+            assert type(taken) is (Dense if apart else type(frozen))
             assert taken.shape == np.take(frozen.dense(), index, axis=axis).shape
             assert same(taken.dense(), np.take(frozen.dense(), index, axis=axis))
 
@@ -234,6 +267,21 @@ def test_narrowed_keeps_what_would_overflow() -> None:
         lambda: Masked(shape=(3,), mask=np.ones(2, bool), inner=Dense(shape=(2,), values=np.zeros(2, np.float32))),
         lambda: Masked(shape=(3,), mask=np.ones(3, bool), inner=Dense(shape=(2,), values=np.zeros(2, np.float32))),
         lambda: Codebook(shape=(3,), indices=np.zeros(2, np.uint8), centroids=np.zeros(1, np.float32)),
+        lambda: Codebook(shape=(3,), indices=np.zeros(3, np.uint8), centroids=np.zeros((2, 1), np.float32), axis=0),
+        lambda: Outliers(
+            shape=(3,),
+            mask=np.ones(3, bool),
+            inner=Dense(shape=(1,), values=np.zeros(1, np.float32)),
+            exact=Dense(shape=(2,), values=np.zeros(2, np.float32)),
+        ),
+        lambda: Affine(
+            shape=(3, 4),
+            codes=np.zeros((3, 4), np.int8),
+            scale=np.ones((3, 1), np.float32),
+            zero_point=np.zeros((3, 1), np.int32),
+            axis=0,
+            group=2,
+        ),
         lambda: Affine(
             shape=(3,), codes=np.zeros(3, np.int8), scale=np.ones(3, np.float32), zero_point=np.zeros(3, np.int32)
         ),

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from espalier.core.representation import Affine, Codebook, Dense, Masked, Representation, float32_to_bfloat16
+from espalier.core.representation import Affine, Codebook, Dense, Masked, Outliers, Representation, float32_to_bfloat16
 
 
 def sparse_indices(shape: tuple[int, ...], density: float, levels: int, seed: int) -> np.ndarray[Any, Any]:
@@ -32,6 +32,47 @@ def dense(values: Any, dtype: str = "float32") -> Dense:
 
 def every_kind(seed: int = 0) -> dict[str, Representation]:
     """Small tensors of every kind, nested ones and edge cases included."""
+    return first_kinds(seed) | quantized_kinds(seed)
+
+
+def quantized_kinds(seed: int = 0) -> dict[str, Representation]:
+    """What quantization added: groups, a table for each channel, outliers."""
+    rng = np.random.default_rng(seed + 2)
+    mask = rng.random((6, 5)) < 0.3
+    kept = int(mask.sum())
+    codes = rng.integers(-8, 8, (4, 6)).astype(np.int8)
+    return {
+        "grouped.weight": Affine(
+            shape=(4, 6),
+            codes=codes,
+            scale=rng.random((4, 2)).astype(np.float32) + np.float32(0.5),
+            zero_point=np.zeros((4, 2), np.int32),
+            axis=0,
+            group=4,
+        ),
+        "tables.weight": Codebook(
+            shape=(4, 6),
+            indices=(codes + 8).astype(np.uint8),
+            centroids=rng.normal(size=(4, 16)).astype(np.float32),
+            axis=0,
+        ),
+        "outliers.weight": Outliers(
+            shape=(6, 5),
+            mask=mask,
+            inner=Affine(
+                shape=(30 - kept,),
+                codes=rng.integers(-4, 4, 30 - kept).astype(np.int8),
+                scale=np.array(0.1, np.float32),
+                zero_point=np.array(0, np.int32),
+                bits_per_code=3,
+            ),
+            exact=dense(rng.normal(size=kept).astype(np.float32)),
+        ),
+    }
+
+
+def first_kinds(seed: int = 0) -> dict[str, Representation]:
+    """Those of the first golden files."""
     rng = np.random.default_rng(seed)
     mask = rng.random((6, 5)) < 0.3
     kept = int(mask.sum())

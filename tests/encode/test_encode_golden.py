@@ -19,7 +19,7 @@ from espalier.encode.packed import Packed
 from espalier.encode.planes import Planes
 from espalier.encode.rans import Rans
 
-from .support import codebook, every_kind, same
+from .support import codebook, first_kinds, quantized_kinds, same
 
 FOLDER = Path(__file__).resolve().parents[1] / "golden"
 CASES = {
@@ -29,12 +29,15 @@ CASES = {
     "huffman": (Huffman(),),
     "huffman-5-bits": (Huffman(index_bits=5),),
     "planes-packed": (Planes(), Packed()),
+    "quantized": (Adaptive(), Rans(), Huffman()),
 }
 
 
 def golden(name: str):
     coders = CASES[name]
-    tensors = every_kind(seed=7) | {"conv.weight": codebook((6, 5, 3, 3), 0.4, levels=40, seed=8)}
+    tensors = first_kinds(seed=7) | {"conv.weight": codebook((6, 5, 3, 3), 0.4, levels=40, seed=8)}
+    if name == "quantized":
+        tensors |= quantized_kinds(seed=7)
     return tensors, encode(
         tensors, coders=coders, aliases={"tied": "half"}, graph=b"graph", plans=[{"edit": "none"}], model=name
     )

@@ -108,6 +108,12 @@ CALLS = {
         (6,)), F.batch_norm(y, torch.zeros(4), torch.ones(4)), F.batch_norm(y, torch.zeros(4), torch.ones(4),
         torch.ones(4) * 2, torch.ones(4)), F.local_response_norm(y, 2), F.rms_norm(y, (6,), torch.ones(6), 0.1),
     ],
+    "quantizing": lambda x, y, i: [
+        torch.fake_quantize_per_tensor_affine(y, torch.tensor(0.05), torch.tensor(3, dtype=torch.int32), 0, 255),
+        torch.fake_quantize_per_tensor_affine(y, 0.1, 0, -8, 7),
+        torch.tensor([-1.0, 0.0, 2.0])[torch.bucketize(y, torch.tensor([-0.5, 0.5]))],
+        torch.bucketize(y, torch.tensor([-0.5, 0.5]), out_int32=True, right=True),
+    ],
 }  # fmt: skip
 NOT_CALLED_HERE = {
     *(

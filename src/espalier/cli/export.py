@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from espalier.cli import int8
+from espalier.cli.int8 import export_int8
 from espalier.core.errors import UsageError, did_you_mean
 
 if TYPE_CHECKING:
@@ -17,18 +19,34 @@ FORMATS = {"onnx": "model.onnx", "openvino": "model.xml", "safetensors": "model.
 
 
 def export(
-    source: Path, to: str, out: Path | None, project: Path | None, *, threads: int, tolerance: float, progress: Any
+    source: Path,
+    to: str,
+    out: Path | None,
+    project: Path | None,
+    *,
+    threads: int,
+    tolerance: float,
+    runtime: str | None = None,
+    progress: Any = None,
 ) -> dict[str, Any]:
     """Write, run, compare and time; everything as plain data."""
     from espalier import deploy
     from espalier.cli.project import load_project
 
-    if to not in FORMATS:
-        raise UsageError(f"--to {to!r} is not a format.{did_you_mean(to, FORMATS)} Allowed: {', '.join(FORMATS)}.")
-    model, loaded = _load(source, project)
+    if to not in (*FORMATS, "int8"):
+        allowed = (*FORMATS, "int8")
+        raise UsageError(f"--to {to!r} is not a format.{did_you_mean(to, allowed)} Allowed: {', '.join(allowed)}.")
+    if runtime is not None and to != "int8":
+        raise UsageError("--runtime says whose rules an int8 file follows; give --to int8.")
+    model, loaded = _load(source, project, codes=to == "int8")
     if loaded is None and project is not None:
         loaded = load_project(project)
     task = loaded.task if loaded is not None else None
+    if to == "int8":
+        if loaded is None:
+            raise UsageError("--to int8 calibrates on data: name the project file, --project project.py.")
+        folder = out or (source if source.is_dir() else source.parent)
+        return export_int8(model, loaded, folder, runtime, threads=threads, progress=progress)
     path = out or _beside(source, to)
     if to == "safetensors":
         return {"to": to, **deploy.to_safetensors(model, path).to_json()}
@@ -46,19 +64,19 @@ def export(
     return found
 
 
-def _load(source: Path, project: Path | None) -> tuple[nn.Module, Project | None]:
+def _load(source: Path, project: Path | None, *, codes: bool = False) -> tuple[nn.Module, Project | None]:
     from espalier.cli.project import load_project, load_result
 
     if source.is_dir():
         file = source / "model.espalier"
         if not file.is_file():
             raise UsageError(f"{source} has no model.espalier; give a finished run, an .espalier file or a project.py.")
-        return load_result(file, project)
+        return load_result(file, project, codes=codes)
     if source.suffix == ".py":
         found = load_project(source)
         return found.model, found
     if source.suffix == ".espalier":
-        return load_result(source, project)
+        return load_result(source, project, codes=codes)
     raise UsageError(f"{source} is neither a run directory, an .espalier file nor a project file (.py).")
 
 
@@ -81,6 +99,8 @@ def _latency(model: nn.Module, example: Any, done: Exported, threads: int) -> di
 
 def lines(found: dict[str, Any]) -> list[str]:
     """What a person reads."""
+    if found["to"] == "int8":
+        return int8.lines(found)
     said = [f"{name}: {size:,} bytes" for name, size in found["files"].items()]
     said += [
         f"{check['runtime']}, batch {check['batch']}: outputs within {check['difference']:.1e} of the model's"

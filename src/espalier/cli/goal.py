@@ -92,7 +92,8 @@ class Verdict:
             f"for, {number(self.after)} left"
         )
         if self.met:
-            return f"{said}: reached."
+            near = "as nearly as whole units allow" if self.measure == "units" else f"to within {SLACK - 1:.0%}"
+            return f"{said}: reached." if self.after <= self.asked else f"{said}: reached {near}."
         more = f"leave out --part {self.part} so that more can go" if self.part else "see what stays, and why"
         return f"{said}: missed. Ask for less, or {more}."
 

@@ -27,6 +27,7 @@ from espalier.cli.common import (
     warnings_as_sentences,
 )
 from espalier.cli.prune import prune
+from espalier.cli.quantize import quantize
 from espalier.cli.sensitivity import sensitivity
 
 app = typer.Typer(
@@ -112,6 +113,7 @@ def compress(
 
 
 app.command()(prune)
+app.command()(quantize)
 app.command()(sensitivity)
 
 
@@ -180,7 +182,8 @@ def bench(
 @app.command()
 def export(
     source: Annotated[Path, typer.Argument(help="A run directory, an .espalier file or a project file.")],
-    to: Annotated[str, typer.Option(help="onnx, openvino or safetensors.")] = "onnx",
+    to: Annotated[str, typer.Option(help="onnx, openvino, safetensors, or int8 for a runtime.")] = "onnx",
+    runtime: Annotated[str | None, typer.Option(help="Of int8: onnxruntime, openvino or tensorrt.")] = None,
     out: Annotated[Path | None, typer.Option(help="The file to write [model.onnx, .xml, .safetensors beside].")] = None,
     project: Annotated[
         Path | None, typer.Option(help="Project file whose task gives example and metric [the run's own].")
@@ -190,20 +193,15 @@ def export(
     data_dir: DataDir = None,
     as_json: Json = False,
 ) -> None:
-    """Export to ONNX or OpenVINO; the written file is run, compared with the model and timed beside it."""
+    """Export to ONNX, OpenVINO or int8; the written file is run, compared with the model and timed beside it."""
     prepare(data_dir, None)
     from espalier.cli import export as exporting
-    from espalier.cli.progress import shown
-    from espalier.core.context import Progress
+    from espalier.cli.progress import shown, telling
 
     with warnings_as_sentences(), shown(quiet=as_json) as listener:
-
-        def advanced(what: str, done: int, total: int) -> None:
-            if listener is not None:
-                listener(Progress("export", what, done, total, {}))
-
         found = exporting.export(
-            source, to, out, project or noted_project(source), threads=threads, tolerance=tolerance, progress=advanced
+            source, to, out, project or noted_project(source), threads=threads, tolerance=tolerance, runtime=runtime,
+            progress=telling(listener, "export"),
         )  # fmt: skip
     if as_json:
         emit(found)

@@ -38,3 +38,14 @@ def shown(*, quiet: bool = False) -> Iterator[Callable[[Report], None] | None]:
             progress.update(bars[key], completed=report.done, total=report.total, values=values)  # type: ignore[arg-type]
 
         yield listen
+
+
+def telling(listener: Callable[[Report], None] | None, path: str) -> Callable[[str, int, int], None]:
+    """``(what, done, total)`` as a report to ``listener``, for what runs outside a step."""
+    from espalier.core.context import Progress as Report
+
+    def tell(what: str, done: int, total: int) -> None:
+        if listener is not None:
+            listener(Report(path, what, done, total, {}))
+
+    return tell

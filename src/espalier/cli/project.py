@@ -52,7 +52,7 @@ def load_project(path: Path) -> Project:
     return Project(model, task, models)
 
 
-def load_result(file: Path, project: Path | None) -> tuple[nn.Module, Project | None]:
+def load_result(file: Path, project: Path | None, *, codes: bool = False) -> tuple[nn.Module, Project | None]:
     """The model in an .espalier file; one of weights alone fills a copy of the project's model, which comes along."""
     from espalier.core.model import copy_model
     from espalier.encode import open_file
@@ -61,14 +61,14 @@ def load_result(file: Path, project: Path | None) -> tuple[nn.Module, Project | 
     with open_file(file) as archive:
         whole = archive.graph is not None
     if whole:
-        return load(file), None
+        return load(file, codes=codes), None
     if project is None:
         raise UsageError(
             f"{file} holds weights only, without the architecture. Name the project file whose model() it was made "
             "from: --project project.py."
         )
     found = load_project(project)
-    return load(file, into=copy_model(found.model)).eval(), found
+    return load(file, into=copy_model(found.model), codes=codes).eval(), found
 
 
 @contextmanager

@@ -156,20 +156,17 @@ def build(
     if left is not None:
         start = Removal.of(step, pattern, project.model, Context(task=project.task)).before
         if left >= start:
-            raise UsageError(_there_already(f"--{what} {text}", measure, left, start, original))
+            less = "Ask for less."
+            if original is not None and share is not None:
+                less = (
+                    f"{number(round(left))} of the {number(original)} bytes of the original (fp32 safetensors) were to "
+                    f"stay. Ask for less: a share from {int(100 * (1 - start / original)) + 1}% on."
+                )
+            coded = ", coded with floats as fp16" if original is not None else ""
+            raise UsageError(
+                f"--{what} {text}: the model has {number(start)} {UNITS[measure]} already{coded}, so nothing needs to "
+                f"go. {less}"
+            )
         share = 1 - left / start
         step = step.replace(sparsity=share)
     return step, Goal(f"--{what} {text}", measure, share or 0.0, left, rounded, part, original)
-
-
-def _there_already(option: str, measure: str, left: float, start: float, original: int | None) -> str:
-    """What to say where no more than ``left`` is there before anything goes."""
-    if original is None:
-        return (
-            f"{option}: the model has {number(start)} {UNITS[measure]} already, so nothing needs to go. Ask for less."
-        )
-    return (
-        f"{option}: {number(round(left))} of the {number(original)} bytes of the original (fp32 safetensors) may stay, "
-        f"and coded (floats as fp16) the model has {number(start)} bytes of weights already, so nothing needs to go. "
-        f"Ask for less: a share from {int(100 * (1 - start / original)) + 1}% on."
-    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,10 @@ class Callback:
 
     def on_epoch_start(self, loop: Loop) -> None:
         """Before the first batch of an epoch."""
+
+    def around(self, loop: Loop) -> AbstractContextManager[object]:
+        """What the model's forward on a training batch runs in; the loss and the backward pass come after it."""
+        return nullcontext()
 
     def loss(self, loop: Loop, batch: Any, output: Any, loss: Tensor) -> Tensor:
         """The loss to minimise instead of ``loss``; the default hands it back."""

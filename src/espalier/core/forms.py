@@ -72,6 +72,22 @@ class Form(nn.Module):
         """The latent tensor that goes with :meth:`take`."""
         return latent.index_select(dim, index.to(latent.device))
 
+    @property
+    def cuts_latent(self) -> bool:
+        """Whether the latent tensor is cut as the weight is; a form whose latent is a table keeps it whole."""
+        return True
+
+    def become(self, smaller: Form) -> None:
+        """Take the tensors of ``smaller`` (from :meth:`take`) in place; parameters stay the same objects."""
+        for path, module in self.named_modules():
+            other = smaller.get_submodule(path)
+            for name, buffer in other._buffers.items():
+                module._buffers[name] = buffer
+            for name, parameter in other._parameters.items():
+                mine = module._parameters[name]
+                if mine is not None and parameter is not None:
+                    mine.grad, mine.data = None, parameter.data
+
     def spec(self) -> dict[str, Any]:
         """What :meth:`blank` needs beside the tensors of the state dict: plain data."""
         return {}
@@ -202,6 +218,10 @@ class Shared(Form):
     def take(self, dim: int, index: Tensor) -> Shared:
         return Shared(self.index.index_select(dim, index.to(self.index.device)), None, zero=self.zero)
 
+    @property
+    def cuts_latent(self) -> bool:
+        return False
+
     def take_latent(self, latent: Tensor, dim: int, index: Tensor) -> Tensor:
         """The centroids, unchanged: pass the very tensor on where several weights share it."""
         return latent
@@ -212,6 +232,37 @@ class Shared(Form):
     @classmethod
     def blank(cls, spec: dict[str, Any], weight: Tensor) -> Shared:
         return cls(torch.zeros(weight.shape, dtype=torch.int32), torch.zeros(int(spec["k"])), zero=bool(spec["zero"]))
+
+
+class Stored(Form):
+    """A weight exactly as a file stores it, codes and all: for handing it on, not for training."""
+
+    kind = "stored"
+    phase = "codes"
+    values: Tensor
+
+    def __init__(self, representation: Representation) -> None:
+        super().__init__()
+        self.representation = representation
+        self.register_buffer("values", from_numpy(np.array(representation.dense()), representation.dtype))
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """There is nothing to train."""
+        return weight.new_zeros(0)
+
+    @property
+    def cuts_latent(self) -> bool:
+        return False
+
+    def forward(self, latent: Tensor) -> Tensor:
+        return self.values
+
+    def freeze(self, latent: Tensor) -> Representation:
+        return self.representation
+
+    @classmethod
+    def blank(cls, spec: dict[str, Any], weight: Tensor) -> Stored:
+        return cls(dense_representation(weight))
 
 
 FORMS: dict[str, type[Form]] = {form.kind: form for form in (Mask, Shared)}

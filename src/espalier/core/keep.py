@@ -11,7 +11,6 @@ from torch import nn
 
 from espalier.core.edits import Edit, module_at
 from espalier.core.errors import Corrupt, LimitExceeded, ModelError, UnknownNameError, did_you_mean
-from espalier.core.forms import Form
 from espalier.core.parametrize import Slot, slots
 
 
@@ -64,9 +63,7 @@ class Keep(Edit):
             else:
                 index = torch.tensor(self.index, dtype=torch.long, device=latent.device)
                 smaller = form.take_latent(latent.detach(), self.dim, index)
-                other = form.take(self.dim, index)
-                for name, buffer in other._buffers.items():
-                    form._buffers[name] = buffer
+                form.become(form.take(self.dim, index))
             latent.grad = None
             latent.data = smaller
 
@@ -119,7 +116,15 @@ def _way(value: Any, shape: torch.Size, dim: int) -> Way:
 
 def cut_along(slot: Slot) -> bool:
     """Whether what is trained is cut as the weight is; a form with a table of its own keeps it whole."""
-    return slot.form is None or type(slot.form).take_latent is Form.take_latent
+    return slot.form is None or slot.form.cuts_latent
+
+
+def forget_misfits(slot: Slot, optimizer: torch.optim.Optimizer) -> None:
+    """Forget what the optimizer remembers of a form's own parameters that were cut: they are few and settle soon."""
+    for parameter in slot.form.parameters() if slot.form is not None else ():
+        state = optimizer.state.get(parameter) or {}
+        if any(isinstance(v, torch.Tensor) and v.ndim and v.shape != parameter.shape for v in state.values()):
+            del optimizer.state[parameter]
 
 
 def runs_of(index: Sequence[int]) -> str:

@@ -16,7 +16,7 @@ from torch import nn
 
 from espalier.core.edits import Edit, Remove, Replace, SetAttribute, Tie
 from espalier.core.errors import Corrupt, EspalierWarning
-from espalier.core.keep import Keep, cut_along
+from espalier.core.keep import Keep, cut_along, forget_misfits
 from espalier.core.merge import Merge
 from espalier.core.method import fits
 from espalier.core.norms import Fold, Normalise
@@ -61,6 +61,8 @@ class Plan:
                 edit.apply_among(known, model)
                 if optimizer is not None and slot is not None and cut_along(slot):
                     edit.carry(optimizer, slot.latent, shape)
+                if optimizer is not None and slot is not None:
+                    forget_misfits(slot, optimizer)
                 continue
             model = edit.apply(model) or model
             if isinstance(edit, SetAttribute):

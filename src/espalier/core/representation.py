@@ -8,6 +8,7 @@ go to the entropy coders, float parts to the float coders; the container knows n
     Dense     values as they are; stored dtype may be narrower than the dtype handed back
     Masked    a boolean mask and the representation of the kept values
     Affine    integer codes, scale, zero point      w = (code - zero) * scale
+    Outliers  a mask, coarse values, exact values   value-aware quantization
     Codebook  indices and centroids                 w = centroids[index]
 
 bfloat16, which NumPy lacks, is held as its uint16 bits and handed back as exact float32.
@@ -212,8 +213,9 @@ class Masked(Representation):
 class Affine(Representation):
     """``(codes - zero_point) * scale``, computed in float32 in this order.
 
-    ``codes``: integers of ``shape``; ``scale``: float32 and ``zero_point``: int32, both of shape ``()``
-    (per tensor) or ``(shape[axis],)`` (per channel along ``axis``); ``bits_per_code``: 1..16.
+    ``codes``: integers of ``shape``; ``scale``: float32 and ``zero_point``: int32, both of shape ``()`` (per tensor),
+    ``(shape[axis],)`` (per channel along ``axis``), or with ``group`` ``(shape[0], groups)``: each for that many
+    entries of a row, the last group of a row may be shorter. ``bits_per_code``: 1..16.
     """
 
     kind: ClassVar[str] = "affine"
@@ -222,26 +224,43 @@ class Affine(Representation):
     zero_point: Array
     bits_per_code: int = 8
     axis: int | None = None
+    group: int | None = None
 
     def __post_init__(self) -> None:
-        expected = () if self.axis is None else (self.shape[self.axis],)
+        expected = _affine_scales(self.shape, self.axis, self.group)
         if self.codes.shape != self.shape or self.scale.shape != expected or self.zero_point.shape != expected:
             raise UsageError(
-                f"Affine of shape {self.shape}, axis {self.axis} got codes {self.codes.shape}, "
+                f"Affine of shape {self.shape}, axis {self.axis}, group {self.group} got codes {self.codes.shape}, "
                 f"scale {self.scale.shape}, zero point {self.zero_point.shape}"
             )
 
     def dense(self) -> Array:
         scale, zero = self.scale, self.zero_point
-        if self.axis is not None:
+        if self.group is not None:
+            scale, zero = (self._spread(values) for values in (scale, zero))
+        elif self.axis is not None:
             view = [1] * len(self.shape)
             view[self.axis] = -1
             scale, zero = scale.reshape(view), zero.reshape(view)
         shifted = (self.codes.astype(np.int32) - zero.astype(np.int32)).astype(np.float32)
         return _cast(shifted * scale.astype(np.float32), self.dtype)
 
-    def take(self, dim: int, index: Array) -> Affine:
+    @property
+    def zero(self) -> int | None:
+        """The code of zero where it is the same everywhere."""
+        zeros = self.zero_point
+        return int(zeros.flat[0]) if zeros.size and bool((zeros == zeros.flat[0]).all()) else None
+
+    def _spread(self, values: Array) -> Array:
+        """(rows, groups) -> ``shape``."""
+        assert self.group is not None  # noqa: S101 - asked by the caller
+        return np.repeat(values, self.group, axis=1)[:, : math.prod(self.shape[1:])].reshape(self.shape)
+
+    def take(self, dim: int, index: Array) -> Representation:
         codes = np.take(self.codes, index, axis=dim)
+        rows = dim % len(self.shape) == 0
+        if self.group is not None and not rows:  # groups come apart: the values stay, the grid is gone
+            return Dense(shape=self.shape, dtype=self.dtype, values=_bits(self.dense(), self.dtype)).take(dim, index)
         same = self.axis is None or dim % len(self.shape) != self.axis
         return Affine(
             shape=codes.shape,
@@ -251,6 +270,7 @@ class Affine(Representation):
             zero_point=self.zero_point if same else self.zero_point[index],
             bits_per_code=self.bits_per_code,
             axis=self.axis,
+            group=self.group,
         )
 
     def bits(self) -> int:
@@ -260,22 +280,107 @@ class Affine(Representation):
         meta: Meta = {"bits": self.bits_per_code}
         if self.axis is not None:
             meta["axis"] = self.axis
+        if self.group is not None:
+            meta["group"] = self.group
         return meta, {"codes": self.codes, "scale": self.scale, "zero_point": self.zero_point}
 
     @classmethod
     def build(cls, shape: tuple[int, ...], dtype: str, meta: Meta, parts: Mapping[str, Array]) -> Affine:
-        axis, bits = meta.get("axis"), meta["bits"]
+        axis, bits, group = meta.get("axis"), meta["bits"], meta.get("group")
         codes, scale, zero = parts["codes"], parts["scale"], parts["zero_point"]
         if axis is not None and not (isinstance(axis, int) and 0 <= axis < len(shape)):
             _refuse(f"axis {axis!r} of a tensor of shape {shape}")
+        if group is not None and not (type(group) is int and group >= 1 and axis == 0):
+            _refuse(f"groups of {group!r} along axis {axis!r}; 1 or more along axis 0 allowed")
         if not (isinstance(bits, int) and 1 <= bits <= 16):
             _refuse(f"{bits!r} bits; 1 to 16 allowed")
-        expected = () if axis is None else (shape[axis],)
+        expected = _affine_scales(shape, axis, group)
         if codes.shape != shape or scale.shape != expected or zero.shape != expected:
             _refuse(f"affine codes {codes.shape}, scale {scale.shape}, zero point {zero.shape} for shape {shape}")
         if codes.dtype.kind not in "iu" or zero.dtype.kind not in "iu" or scale.dtype.kind != "f":
             _refuse("affine codes and zero points are integers, scales are floats")
-        return cls(shape=shape, dtype=dtype, codes=codes, scale=scale, zero_point=zero, bits_per_code=bits, axis=axis)
+        return cls(
+            shape=shape, dtype=dtype, codes=codes, scale=scale, zero_point=zero, bits_per_code=bits, axis=axis,
+            group=group,
+        )  # fmt: skip
+
+
+def _affine_scales(shape: tuple[int, ...], axis: int | None, group: int | None) -> tuple[int, ...]:
+    """The shape of scale and zero point."""
+    if axis is None:
+        return ()
+    return (shape[axis],) if group is None else (shape[0], -(-math.prod(shape[1:]) // group))
+
+
+def _bits(values: Array, dtype: str) -> Array:
+    """``values`` as the bits that dtype ``dtype`` is held in."""
+    return float32_to_bfloat16(values) if dtype == "bfloat16" else values
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Outliers(Representation):
+    """Most values on a coarse grid, a few exactly. ``mask``: bool of ``shape``, True where ``exact`` speaks.
+
+    ``inner``: the values where ``mask`` is False, ``exact``: the others; both 1-D, in C order.
+    """
+
+    kind: ClassVar[str] = "outliers"
+    mask: Array
+    inner: Representation
+    exact: Representation
+
+    def __post_init__(self) -> None:
+        large = int(self.mask.sum())
+        if self.mask.shape != self.shape or self.mask.dtype != np.bool_:
+            raise UsageError(f"Outliers of shape {self.shape} got a mask of shape {self.mask.shape}, {self.mask.dtype}")
+        if self.inner.shape != (self.numel - large,) or self.exact.shape != (large,):
+            raise UsageError(
+                f"Outliers with {large} of {self.numel} exact got inner of shape {self.inner.shape}, exact of "
+                f"{self.exact.shape}"
+            )
+
+    def dense(self) -> Array:
+        inner, exact = self.inner.dense(), self.exact.dense()
+        out = np.zeros(self.shape, dtype=inner.dtype)
+        out[~self.mask], out[self.mask] = inner, exact
+        return _cast(out, self.dtype)
+
+    def take(self, dim: int, index: Array) -> Outliers:
+        position = np.zeros(self.shape, dtype=np.int64)
+        for chosen in (self.mask, ~self.mask):
+            position[chosen] = np.arange(int(chosen.sum()))
+        position, mask = np.take(position, index, axis=dim), np.take(self.mask, index, axis=dim)
+        return Outliers(
+            shape=mask.shape, dtype=self.dtype, mask=mask, inner=self.inner.take(0, position[~mask]),
+            exact=self.exact.take(0, position[mask]),
+        )  # fmt: skip
+
+    def bits(self) -> int:
+        return self.numel + self.inner.bits() + self.exact.bits()
+
+    def state(self) -> tuple[Meta, dict[str, Array]]:
+        meta: Meta = {}
+        parts = {"mask": self.mask}
+        for place, part in (("inner", self.inner), ("exact", self.exact)):
+            own, arrays = part.state()
+            meta[place] = {"kind": part.kind, **own}
+            parts |= {f"{place}.{name}": array for name, array in arrays.items()}
+        return meta, parts
+
+    @classmethod
+    def build(cls, shape: tuple[int, ...], dtype: str, meta: Meta, parts: Mapping[str, Array]) -> Outliers:
+        mask = parts["mask"]
+        if mask.shape != shape or mask.dtype != np.bool_:
+            _refuse(f"mask {mask.shape} {mask.dtype} for shape {shape}")
+        large, made = int(mask.sum()), {}
+        for place, count in (("inner", mask.size - large), ("exact", large)):
+            own = dict(meta[place])
+            kind = own.pop("kind")
+            if kind not in ("dense", "affine", "codebook"):
+                _refuse(f"a {kind!r} inside outliers")
+            arrays = {name.removeprefix(f"{place}."): a for name, a in parts.items() if name.startswith(f"{place}.")}
+            made[place] = from_state(kind, (count,), dtype, own, arrays)
+        return cls(shape=shape, dtype=dtype, mask=mask, inner=made["inner"], exact=made["exact"])
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -283,48 +388,65 @@ class Codebook(Representation):
     """``centroids[indices]``: a table gather, no arithmetic, so bit-exact everywhere.
 
     ``indices``: unsigned integers of ``shape``; ``centroids``: floats ``(k,)``, k >= 1 unless the tensor
-    is empty. A pruned and shared tensor has 0.0 as centroid 0: *zero is a symbol of its own*.
+    is empty; with ``axis`` ``(shape[axis], k)``, a table for each channel. A
+    pruned and shared tensor has 0.0 as centroid 0: *zero is a symbol of its own*.
     """
 
     kind: ClassVar[str] = "codebook"
     indices: Array
     centroids: Array
+    axis: int | None = None
 
     def __post_init__(self) -> None:
-        if self.indices.shape != self.shape or self.centroids.ndim != 1:
+        fits = self.centroids.ndim == 1 if self.axis is None else self.centroids.shape[:1] == (self.shape[self.axis],)
+        if self.indices.shape != self.shape or not fits or self.centroids.ndim != 1 + (self.axis is not None):
             raise UsageError(
-                f"Codebook of shape {self.shape} got indices {self.indices.shape}, centroids {self.centroids.shape}"
+                f"Codebook of shape {self.shape}, axis {self.axis} got indices {self.indices.shape}, centroids "
+                f"{self.centroids.shape}"
             )
 
     def dense(self) -> Array:
-        return _cast(self.centroids[self.indices], self.dtype)
+        if self.axis is None:
+            return _cast(self.centroids[self.indices], self.dtype)
+        channel = np.arange(self.shape[self.axis]).reshape(
+            [-1 if d == self.axis else 1 for d in range(len(self.shape))]
+        )
+        return _cast(self.centroids[channel, self.indices], self.dtype)
 
     def take(self, dim: int, index: Array) -> Codebook:
         indices = np.take(self.indices, index, axis=dim)
-        return Codebook(shape=indices.shape, dtype=self.dtype, indices=indices, centroids=self.centroids)
+        cut = self.axis is not None and dim % len(self.shape) == self.axis
+        return Codebook(
+            shape=indices.shape, dtype=self.dtype, indices=indices,
+            centroids=self.centroids[index] if cut else self.centroids, axis=self.axis,
+        )  # fmt: skip
 
     @property
     def has_zero(self) -> bool:
         """Whether centroid 0 is exactly zero (the pruned symbol)."""
-        return bool(self.centroids.size and self.centroids[0] == 0)
+        return bool(self.axis is None and self.centroids.size and self.centroids[0] == 0)
 
     def bits(self) -> int:
-        return self.numel * max(1, math.ceil(math.log2(max(2, self.centroids.size)))) + 8 * self.centroids.nbytes
+        symbols = self.centroids.shape[-1]
+        return self.numel * max(1, math.ceil(math.log2(max(2, symbols)))) + 8 * self.centroids.nbytes
 
     def state(self) -> tuple[Meta, dict[str, Array]]:
-        return {}, {"indices": self.indices, "centroids": self.centroids}
+        return {} if self.axis is None else {"axis": self.axis}, {"indices": self.indices, "centroids": self.centroids}
 
     @classmethod
     def build(cls, shape: tuple[int, ...], dtype: str, meta: Meta, parts: Mapping[str, Array]) -> Codebook:
-        indices, centroids = parts["indices"], parts["centroids"]
-        if indices.shape != shape or indices.dtype.kind != "u" or centroids.ndim != 1 or centroids.dtype.kind != "f":
+        indices, centroids, axis = parts["indices"], parts["centroids"], meta.get("axis")
+        if axis is not None and not (type(axis) is int and 0 <= axis < len(shape)):
+            _refuse(f"axis {axis!r} of a tensor of shape {shape}")
+        fits = centroids.ndim == 1 if axis is None else centroids.ndim == 2 and len(centroids) == shape[axis]
+        if indices.shape != shape or indices.dtype.kind != "u" or not fits or centroids.dtype.kind != "f":
             _refuse(f"codebook indices {indices.shape} {indices.dtype}, centroids {centroids.shape} {centroids.dtype}")
-        if indices.size and int(indices.max()) >= centroids.size:
-            _refuse(f"index {int(indices.max())} of a codebook of {centroids.size}")
-        return cls(shape=shape, dtype=dtype, indices=indices, centroids=centroids)
+        if indices.size and int(indices.max()) >= centroids.shape[-1]:
+            _refuse(f"index {int(indices.max())} of a codebook of {centroids.shape[-1]}")
+        return cls(shape=shape, dtype=dtype, indices=indices, centroids=centroids, axis=axis)
 
 
-KINDS: dict[str, type[Representation]] = {cls.kind: cls for cls in (Dense, Masked, Affine, Codebook)}
+KINDS: dict[str, type[Representation]] = {cls.kind: cls for cls in (Dense, Masked, Affine, Outliers, Codebook)}
 
 
 def from_state(kind: str, shape: tuple[int, ...], dtype: str, meta: Meta, parts: Mapping[str, Array]) -> Representation:

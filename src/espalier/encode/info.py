@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from espalier.core.representation import Affine, Codebook, Masked, Representation
+from espalier.core.representation import Affine, Codebook, Masked, Outliers, Representation
 from espalier.encode.header import PREFIX, Header
 
 Array = NDArray[Any]
@@ -89,10 +89,13 @@ def position_share(representation: Representation, part: str) -> float:
         representation, part = representation.inner, part.removeprefix("inner.")
     if part == "mask":
         return 1.0
-    if isinstance(representation, Codebook) and part == "indices" and (representation.centroids == 0).any():
+    if isinstance(representation, Outliers):
+        return 0.0
+    table = isinstance(representation, Codebook) and representation.axis is None
+    if isinstance(representation, Codebook) and table and part == "indices" and (representation.centroids == 0).any():
         codes, zero = representation.indices, int((representation.centroids == 0).argmax())
-    elif isinstance(representation, Affine) and part == "codes" and representation.zero_point.ndim == 0:
-        codes, zero = representation.codes, int(representation.zero_point)
+    elif isinstance(representation, Affine) and part == "codes" and representation.zero is not None:
+        codes, zero = representation.codes, representation.zero
     else:
         return 0.0
     kept = codes[codes != zero]

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from espalier.core.errors import Corrupt, UsageError, did_you_mean
 from espalier.core.files import write_atomic
-from espalier.core.representation import Affine, Codebook, Dense, Masked, Representation
+from espalier.core.representation import Affine, Codebook, Dense, Masked, Outliers, Representation
 from espalier.encode.bits import deflate
 from espalier.encode.coder import Coder, Hint
 from espalier.encode.coders import resolve, smallest
@@ -32,6 +32,8 @@ def narrowed(representation: Representation) -> Representation:
     """The same tensor with float32 values, centroids and scales as float16, where that keeps them finite."""
     if isinstance(representation, Masked):
         return replace(representation, inner=narrowed(representation.inner))
+    if isinstance(representation, Outliers):
+        return replace(representation, inner=narrowed(representation.inner), exact=narrowed(representation.exact))
     if isinstance(representation, Dense) and representation.stored == "float32":
         return representation.narrowed("float16")
     if isinstance(representation, Codebook):
@@ -54,11 +56,14 @@ def hint_of(representation: Representation, part: str) -> Hint | None:
     """What the codes of integer part ``part`` mean, where its representation says so."""
     if part.startswith("inner.") and isinstance(representation, Masked):
         return hint_of(representation.inner, part.removeprefix("inner."))
+    if isinstance(representation, Outliers) and "." in part:
+        place, _, rest = part.partition(".")
+        return hint_of(representation.inner if place == "inner" else representation.exact, rest)
     if part == "mask":
         return Hint(0)
-    if part == "codes" and isinstance(representation, Affine) and representation.zero_point.ndim == 0:
-        return Hint(int(representation.zero_point))
-    if part == "indices" and isinstance(representation, Codebook):
+    if part == "codes" and isinstance(representation, Affine) and representation.zero is not None:
+        return Hint(representation.zero)
+    if part == "indices" and isinstance(representation, Codebook) and representation.axis is None:
         centroids = representation.centroids
         if np.isfinite(centroids).all() and (np.diff(centroids) >= 0).all():
             return Hint(int(np.searchsorted(centroids, 0)))

@@ -21,6 +21,7 @@ from torch.utils import _pytree
 
 from espalier.core.errors import ModelError
 from espalier.core.model import require_float
+from espalier.graph import meta  # noqa: F401 - registers on import
 from espalier.graph.check import infer
 from espalier.graph.graph import Graph
 from espalier.graph.normalise import normalise

@@ -14,17 +14,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+import espalier.quantize  # noqa: F401 - plans name its methods
 from espalier import encode
 from espalier.core.context import Context
 from espalier.core.errors import Corrupt, ModelError, PhaseError, UnknownNameError, UsageError, did_you_mean
-from espalier.core.forms import dense_representation, from_numpy
+from espalier.core.forms import Stored, dense_representation, from_numpy
 from espalier.core.metric import Score, first_tensor
 from espalier.core.model import copy_model, device_of, evaluating
 from espalier.core.norms import Normalise
-from espalier.core.parametrize import freeze, plain
+from espalier.core.parametrize import attach, freeze, plain, slots
 from espalier.core.plan import Plan, applied
 from espalier.core.recipe import FileOptions
-from espalier.core.representation import Representation
+from espalier.core.representation import Dense, Representation
 from espalier.core.task import Task, capture_call, to_device
 from espalier.graph import Runner, dumps, loads, trace
 
@@ -96,19 +97,21 @@ def write_weights(frozen: Frozen, path: Path, options: FileOptions, floats: str,
     )  # fmt: skip
 
 
-def load(path: str | Path, into: nn.Module | None = None, **limits: int) -> nn.Module:
+def load(path: str | Path, into: nn.Module | None = None, *, codes: bool = False, **limits: int) -> nn.Module:
     """The model in an .espalier file.
 
     Without ``into`` the architecture comes from the file (``model.espalier``). With ``into`` the receiver's
     structure is used: plans are replayed on it, its state is filled, and it is returned (or the graph that a plan puts
-    in its place); nothing of it changes when the file does not fit. ``limits``: ``max_elements``, ``max_bytes`` of
-    what may be decoded.
+    in its place); nothing of it changes when the file does not fit. ``codes``: weights that the file stores as codes
+    keep them in a form (``Stored``), so that an export can use the very same ones; they cannot be trained. ``limits``:
+    ``max_elements``, ``max_bytes`` of what may be decoded.
 
     Raises a ``FileError`` for a damaged or forged file, ``UsageError`` for a file without a graph and no ``into``.
     """
     with encode.open_file(path, **limits) as archive:
         if into is not None:
-            return _fill(into, archive, path)
+            model = _fill(into, archive, path)
+            return _with_codes(model, archive) if codes else model
         if archive.graph is None:
             raise UsageError(f"{path} holds weights only. Give the model it belongs to: load(path, into=model).")
         specs = {name: (archive.shape(name), archive.dtype(name)) for name in archive.keys()}  # noqa: SIM118 - an archive is no mapping
@@ -117,7 +120,19 @@ def load(path: str | Path, into: nn.Module | None = None, **limits: int) -> nn.M
         tensors = {name: _tensor(archive, name) for name in archive.keys()}  # noqa: SIM118
         for alias, target in archive.aliases.items():
             tensors[alias] = tensors[target]
-    return Runner(graph, tensors).eval()
+        model = Runner(graph, tensors).eval()
+        return _with_codes(model, archive) if codes else model
+
+
+def _with_codes(model: nn.Module, archive: Any) -> nn.Module:
+    """Give every weight of two dimensions or more that is no plain tensor in the file the form it has there."""
+    found = slots(model)
+    for name in archive.keys():  # noqa: SIM118 - an archive is no mapping
+        if name in found and found[name].latent.ndim >= 2:
+            representation = archive.representation(name)
+            if not isinstance(representation, Dense):
+                attach(found[name], Stored(representation))
+    return model
 
 
 def _tensor(archive: Any, name: str) -> Tensor:

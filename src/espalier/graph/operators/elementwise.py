@@ -165,6 +165,15 @@ OPERATORS: tuple[Operator, ...] = (
     row(63, "threshold", "threshold", "self:T threshold:# value:#", torch.threshold),
     row(64, "hardshrink", "hardshrink", "self:T lambd:#=0.5", F.hardshrink),
     row(65, "softshrink", "softshrink", "self:T lambd:#=0.5", F.softshrink),
+    row(
+        67,
+        "fake_quantize",
+        "fake_quantize_per_tensor_affine.tensor_qparams fake_quantize_per_tensor_affine",
+        "self:T scale:O zero_point:O quant_min:i quant_max:i",
+        torch.fake_quantize_per_tensor_affine,
+        shape=lambda a: torch.empty_like(a["self"]),  # torch has no meta kernel
+    ),
+    row(68, "bucketize", "bucketize.Tensor", "self:T boundaries:T *out_int32:b=False *right:b=False", torch.bucketize),
     row(66, "glu", "glu", "self:T dim:i=-1", F.glu),
     *(row(70 + k, name, name, "self:T", getattr(torch, name)) for k, name in enumerate(_UNARY)),
     *(row(120 + k, name, targets, "self:T other:O", getattr(torch, name)) for k, (name, targets) in enumerate(_BINARY)),

@@ -1,0 +1,137 @@
+"""A model as an int8 file: written for a runtime, run, compared, measured, and timed beside fp32."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from espalier.core.errors import NeedError, UsageError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from espalier.cli.project import Project
+    from espalier.core.task import Task
+
+CALIBRATION = 300
+"""Samples that calibrate what no training has fixed: as many as the usual tools take."""
+Tell = Callable[[str, int, int], None]
+
+
+def export_int8(
+    model: nn.Module,
+    project: Project,
+    out: Path,
+    runtime: str | None,
+    *,
+    threads: int = 1,
+    progress: Tell | None = None,
+) -> dict[str, Any]:
+    """Write, run, compare and time; everything as plain data. ``model``: with its codes, where it has some."""
+    from espalier import deploy
+    from espalier.deploy.int8 import PROFILES, to_int8
+
+    task = project.task
+    runtime = runtime or next((name for name in ("openvino", "onnxruntime") if name in deploy.available()), None)
+    if runtime is None:
+        raise NeedError("the int8 export needs a runtime that runs it: pip install 'espalier[deploy]'.")
+    if runtime not in PROFILES:
+        from espalier.core.errors import did_you_mean
+
+        raise UsageError(f"--runtime {runtime!r} is not one.{did_you_mean(runtime, PROFILES)} "
+                         f"Allowed: {', '.join(PROFILES)}.")  # fmt: skip
+    path = out if out.suffix else out / ("model.int8.xml" if runtime == "openvino" else "model.int8.onnx")
+    done = to_int8(
+        model, task, calls(task, model), path, runtime=runtime, reference=project.model, progress=progress,
+    )  # fmt: skip
+    found: dict[str, Any] = {"to": "int8", **done.to_json(), "said": str(done.coverage)}
+    if runtime in deploy.available():
+        found["latency"] = timed(project.model, task, done.path, runtime, threads)
+        if task.val is not None:
+            found["metric"] = measured(project.model, model, task, done.path, runtime, threads)
+    return found
+
+
+def calls(task: Task, model: nn.Module) -> Iterator[Any]:
+    """Calibration batches, as the model is called on them: training data, some hundred samples."""
+    from espalier.core.task import capture_call
+
+    data = task.train if task.train is not None else task.val
+    if data is None:
+        raise NeedError("the int8 export calibrates on training data, and the task has none: give Task(train=...).")
+    seen = 0
+    for batch in islice(iter(data), CALIBRATION):
+        args, kwargs = capture_call(task, model, batch)
+        if kwargs and args:
+            raise UsageError(
+                "the model is called with positional and keyword arguments at once; give Task(predict=...) that uses "
+                "one kind."
+            )
+        first = next(iter((*args, *kwargs.values())))
+        yield kwargs or args
+        seen += len(first)
+        if seen >= CALIBRATION:
+            return
+
+
+def timed(original: nn.Module, task: Task, path: Path, runtime: str, threads: int) -> dict[str, Any]:
+    """Milliseconds at batch 1: torch and the runtime in fp32, bf16 where it has it, and the int8 file, in turn."""
+    from espalier import deploy
+    from espalier.core.model import copy_model
+    from espalier.core.parametrize import plain
+    from espalier.deploy.check import resized
+    from espalier.deploy.export import example_call
+    from espalier.measure.speed import latency
+
+    bare = plain(copy_model(original)).cpu().eval()
+    args, kwargs = resized(example_call(bare, task), 1)
+    with tempfile.TemporaryDirectory() as folder:
+        fp32 = Path(folder) / ("model.xml" if path.suffix == ".xml" else "model.onnx")
+        (deploy.to_openvino if path.suffix == ".xml" else deploy.to_onnx)(bare, task, fp32)
+        models: dict[str, nn.Module] = {
+            "torch": bare, f"{runtime}, fp32": deploy.open(fp32, runtime, threads=threads).module(),
+        }  # fmt: skip
+        if runtime == "openvino":
+            models[f"{runtime}, bf16"] = deploy.open(fp32, runtime, threads=threads, precision="bf16").module()
+        models[f"{runtime}, int8"] = deploy.open(path, runtime, threads=threads).module()
+        rows = latency(models, lambda m: m(*args, **kwargs), threads=threads, repeats=50, batch=1, seconds=20.0)
+    return {name: row.to_json() for name, row in rows.items()}
+
+
+def measured(
+    original: nn.Module, model: nn.Module, task: Task, path: Path, runtime: str, threads: int
+) -> dict[str, Any]:
+    """The metric on val of the original, of the model as it is in torch, and of the file."""
+    from espalier import deploy
+
+    file = deploy.open(path, runtime, threads=threads).module()
+    scores = {"fp32": original, "in torch": model, f"{runtime}, int8": file}
+    found = {name: task.measure(candidate, "val", original) for name, candidate in scores.items()}
+    return {
+        "name": task.scorer().name,
+        **{name: score.value for name, score in found.items()},
+        "stderr": found["fp32"].stderr,
+    }
+
+
+def lines(found: dict[str, Any]) -> list[str]:
+    """What a person reads."""
+    said = [f"int8    {found['path']}: {found['bytes']:,} bytes", f"        {found['said']}"]
+    agreement = found["agreement"]
+    said.append(f"        {agreement['model']:.1f} dB from the model in torch over {agreement['batches']} batches")
+    if agreement.get("reference") is not None:
+        said.append(f"        {agreement['reference']:.1f} dB from the original in fp32")
+    metric = dict(found.get("metric", {}))
+    if metric:
+        name, error = metric.pop("name"), metric.pop("stderr")
+        said.append(f"{name} on val: " + ", ".join(f"{k} {v:.2f}" for k, v in metric.items()) + f" (+- {error:.2f})")
+    rows = found.get("latency", {})
+    for name, row in rows.items():
+        said.append(
+            f"{name:<20} {row['median_ms']:8.3f} ms ({row['p10_ms']:.3f} to {row['p90_ms']:.3f})   "
+            f"{row['threads']} thread{'s' * (row['threads'] > 1)}, batch 1, {row['runs']} runs in turn"
+        )
+    return [*said, *(f"note    {note}" for note in found.get("notes", ()))]

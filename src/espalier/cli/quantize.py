@@ -1,0 +1,147 @@
+"""``espalier quantize``: few bits for weights, inputs and gradients; or int8 for a runtime, written and timed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from espalier.cli.common import (
+    DataDir,
+    Json,
+    Layers,
+    ProjectFile,
+    Resume,
+    Threads,
+    emit,
+    note_project,
+    prepare,
+    say,
+    say_if_fresh,
+    show_record,
+    warnings_as_sentences,
+)
+from espalier.core.errors import UsageError
+
+PART = "A name, or a name with fields: '{twn: {solution: exact}}'."
+Quantizer = Annotated[str | None, typer.Option(help=PART)]
+Width = Annotated[str | None, typer.Option(help="Bits: 4, or by layer: '{conv1: 8, \"*\": 4}'.")]
+
+
+def quantize(
+    project: ProjectFile,
+    int8: Annotated[
+        bool, typer.Option("--int8", help="Post-training int8 of the whole network, exported and timed.")
+    ] = False,
+    runtime: Annotated[str | None, typer.Option(help="With --int8: onnxruntime, openvino or tensorrt.")] = None,
+    weights: Quantizer = None,
+    bits: Width = None,
+    activations: Quantizer = None,
+    activation_bits: Width = None,
+    gradients: Quantizer = None,
+    gradient_bits: Annotated[int | None, typer.Option(help="Bits of the weights' gradients.", min=1)] = None,
+    errors: Quantizer = None,
+    error_bits: Annotated[int | None, typer.Option(help="Bits of what is propagated back.", min=1)] = None,
+    scheme: Annotated[
+        list[str] | None, typer.Option(help="two-stage, progressive or guided; repeat to compose.")
+    ] = None,
+    ends: Annotated[
+        str | None, typer.Option(help="First and last layer: bits at least, same or float.", show_default="8")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(help="Epochs of training with quantized values.", min=0)] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate of that training.")] = None,
+    layers: Layers = None,
+    out: Annotated[Path, typer.Option(help="Run directory.")] = Path("runs/quantized"),
+    seed: Annotated[int, typer.Option(help="Root of every random number.")] = 0,
+    resume: Resume = False,
+    data_dir: DataDir = None,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Quantize a model: any method of the literature in any number of bits, or int8 that runs faster here."""
+    prepare(data_dir, threads)
+    from espalier import api
+    from espalier.cli import int8 as deploying
+    from espalier.cli.progress import shown, telling
+    from espalier.cli.project import load_project
+    from espalier.core.recipe import Recipe
+    from espalier.runs import load
+
+    api.fill_registry()
+    given: dict[str, Any] = {
+        "weights": read(weights), "bits": read(bits), "activations": read(activations),
+        "activation_bits": read(activation_bits), "gradients": read(gradients), "gradient_bits": gradient_bits,
+        "errors": read(errors), "error_bits": error_bits, "schemes": [read(s) for s in scheme or ()] or None,
+        "ends": read(ends), "epochs": epochs, "lr": lr, "layers": layers or None,
+    }  # fmt: skip
+    fields = {name: value for name, value in given.items() if value is not None}
+    with warnings_as_sentences():
+        check_options(fields, runtime, int8=int8)
+        loaded = load_project(project)
+        say_if_fresh(out, resume=resume)
+        with shown(quiet=as_json) as listener:
+            result = api.compress(
+                loaded.model, loaded.task, Recipe(steps=(step(fields, int8=int8),)), out=out, seed=seed, resume=resume,
+                models=loaded.models, listener=listener,
+            )  # fmt: skip
+            note_project(out, project)
+            exported = None
+            if int8:
+                model = load(out / "model.espalier", codes=True)
+                exported = deploying.export_int8(
+                    model, loaded, out, runtime, threads=threads or 1, progress=telling(listener, "int8")
+                )
+    if as_json:
+        emit(result.record if exported is None else {**result.record, "int8": exported})
+        return
+    show_record(result.record, out, as_json=False)
+    for line in covered(result.record):
+        say(line)
+    for line in deploying.lines(exported) if exported is not None else ():
+        say(line)
+
+
+def read(text: str | None) -> Any:
+    """An option as plain data: a name, a number, or a mapping in YAML. Raises ``UsageError`` for anything else."""
+    import yaml
+
+    if text is None:
+        return None
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(
+            f"{text!r} is not understood: write a name, a number, or a mapping such as {{a: 1}}."
+        ) from error
+
+
+def check_options(fields: dict[str, Any], runtime: str | None, *, int8: bool) -> None:
+    """Raise ``UsageError`` for options that have no say together."""
+    if runtime is not None and not int8:
+        raise UsageError("--runtime says where the int8 file is to run; give --int8 as well.")
+    if int8:
+        clashing = [name for name in fields if name != "layers"]
+        if clashing:
+            option = clashing[0].replace("_", "-").replace("schemes", "scheme")
+            raise UsageError(
+                f"--int8 chooses methods and bits itself; --{option} has no say. Leave one of the two out."
+            )
+
+
+def step(fields: dict[str, Any], *, int8: bool) -> Any:
+    """The step that the options describe."""
+    from espalier.core.recipe import step_from_data
+
+    return step_from_data({"quantize.ptq-int8" if int8 else "quantize.quantize": fields})
+
+
+def covered(record: dict[str, Any]) -> list[str]:
+    """How much is quantized, in a line, and what is not."""
+    found = [row for row in record["steps"] if "coverage" in row.get("details", {})]
+    if not found:
+        return []
+    detail = found[-1]["details"]["coverage"]
+    layers, share, inputs = detail["layers"], 100 * detail["parameters"], len(detail["inputs"])
+    said = [f"covered {layers} layers, {share:.1f} % of the parameters; {inputs} inputs"]
+    return said + [f"left    {row['name']}: {row['reason']}" for row in found[-1].get("skipped", ())]

@@ -1,0 +1,285 @@
+r"""Quantization: any weight quantizer with any activation, gradient and error quantizer, at once or while training.
+
+Paper    Krishnamoorthi. Quantizing deep convolutional networks for efficient inference. arXiv:1806.08342 (the two ways,
+         after and during training); Bengio et al. 2013, arXiv:1308.3432 (the straight-through estimator)
+Formula  y = Q_w(w) * Q_a(x);   dL/dw, dL/dx through Q by each method's own backward rule;   g <- Q_g(g), e <- Q_e(e)
+Departs  The quantized values are computed in floating point while training; files hold codes, and export makes
+         integer kernels of them where a runtime has such.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import nn
+
+from espalier.core.callback import Callback
+from espalier.core.context import Context
+from espalier.core.fields import Batches, Bits, Epochs
+from espalier.core.forms import Mask, Shared
+from espalier.core.inputs import ActivationQuantizer, Observed, QuantizeInput, quantized_input
+from espalier.core.parametrize import Slot, attach
+from espalier.core.plan import Plan
+from espalier.core.quantized import QuantizedWeight, WeightQuantizer
+from espalier.quantize.affine import Affine, AffineInput
+from espalier.quantize.calibrate import observe
+from espalier.quantize.coverage import coverage
+from espalier.quantize.gradients import Gradients
+from espalier.quantize.hooks import QuantizerHooks, quantized
+from espalier.quantize.parts import GradientQuantizer, LayerSolver, Scheme, Stage
+from espalier.quantize.places import Place, chosen, input_layers, output_axis
+from espalier.train import Training
+from espalier.train.layers import in_order
+
+END_BITS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantize(Training):
+    """Quantize the weights of ``layers``, their inputs, and what flows back; with ``epochs`` the network trains so.
+
+    ``bits``, ``activation_bits``: one number, or pattern -> number; by default the method's own (8 where it can).
+    ``ends``: what the first and the last layer get: that many bits at least, ``same`` as the others, or ``float``.
+    ``schemes`` divide the epochs. ``batches``: training batches of the calibration. ``densify``: codes and clusters of
+    an earlier step may be given up; pruned positions stay zero and shared values stay shared in any case.
+    """
+
+    id: ClassVar[str] = "quantize"
+    epochs: Epochs = 0
+    weights: WeightQuantizer | None = field(default_factory=Affine)
+    activations: ActivationQuantizer | None = None
+    gradients: GradientQuantizer | None = None
+    errors: GradientQuantizer | None = None
+    bits: Bits | dict[str, Bits] | None = None
+    activation_bits: Bits | dict[str, Bits] | None = None
+    gradient_bits: Bits = 8
+    error_bits: Bits = 8
+    ends: Bits | Literal["same", "float"] = END_BITS
+    schemes: tuple[Scheme, ...] = ()
+    layers: tuple[str, ...] = ("*",)
+    batches: Batches = 8
+    densify: bool = False
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Training data where inputs are calibrated, weights solved for, or anything trained."""
+        return super().needs | ({"train"} if self.activations is not None else frozenset())
+
+    def conflicts(self) -> list[str]:
+        return [*super().conflicts(), *_widths(self), *_training(self)]
+
+    def transform(self, model: nn.Module, context: Context) -> nn.Module:
+        """Calibrate, attach, train stage by stage, and say what is covered."""
+        places = chosen(model, self.layers, self.bits, context, self.name, densify=self.densify)
+        observed = self._observe(model, places, context)
+        stages = self.stages()
+        for number, stage in enumerate(stages):
+            weights = self._weights(places, stage, context)
+            if isinstance(self.weights, LayerSolver):
+                _solve(model, weights, context)
+            model = self._inputs(model, observed, places, stage, context)
+            self._fit(model, context, stage, len(stages), number)
+        for slot, form in quantized(model):
+            with torch.no_grad():
+                form.method.finish(form.view(slot.latent), context)
+        context.record.details["coverage"] = coverage(model, places, context)
+        return model
+
+    def stages(self) -> tuple[Stage, ...]:
+        """The trainings the schemes make of this step, in order."""
+        stages: tuple[Stage, ...] = (Stage("fit"),)
+        for scheme in self.schemes:
+            stages = scheme.stages(stages, self)
+        return stages
+
+    # --- weights -------------------------------------------------------------------------------------------------
+
+    def weight_bits(self, place: Place) -> tuple[WeightQuantizer, int] | None:
+        """The method and the bits of one weight; None where it stays in floating point.
+
+        Ends whose bits the method cannot do get the uniform grid.
+        """
+        method = self.weights
+        if method is None:
+            return None
+        bits = place.bits if place.bits is not None else default_bits(method.widths)
+        if place.end and self.ends == "float":
+            return None
+        if place.end and isinstance(self.ends, int) and bits < self.ends:
+            bits = self.ends
+            method = method if bits in method.widths else Affine()
+        return method, bits
+
+    def _weights(self, places: Iterable[Place], stage: Stage, context: Context) -> list[Slot]:
+        done = []
+        for place in places:
+            slot, found = place.slot, self.weight_bits(place)
+            if found is None:
+                if self.weights is not None:
+                    context.skip(slot.name, "it is the first or the last layer's, and ends=float")
+                continue
+            method, bits = found
+            reason = method.refuses(slot.shape)
+            if reason is not None:
+                context.skip(slot.name, reason)
+                continue
+            bits = next((b for b in sorted(method.widths) if b >= max(bits, stage.width)), bits)
+            put(slot, method, bits)
+            done.append(slot)
+        return done
+
+    # --- inputs --------------------------------------------------------------------------------------------------
+
+    def _observe(
+        self, model: nn.Module, places: list[Place], context: Context
+    ) -> dict[str, tuple[nn.Module, Place, Observed]]:
+        if self.activations is None:
+            return {}
+        layers = input_layers(places, context)
+        seen = observe(model, {path: layer for path, (layer, _) in layers.items()}, context, self.batches)
+        found = {}
+        for path, (layer, place) in layers.items():
+            if path not in seen:
+                context.skip(f"input of {path}", "the layer was not called on the calibration data")
+            elif place.end and self.ends == "float":
+                context.skip(f"input of {path}", "it is the first or the last layer's, and ends=float")
+            elif seen[path].low == seen[path].high == 0:
+                context.skip(f"input of {path}", "its range is dead: every value seen was zero")
+            else:
+                found[path] = layer, place, seen[path]
+        return found
+
+    def input_bits(self, path: str, place: Place) -> tuple[ActivationQuantizer, int]:
+        """The method and the bits of the input of one layer."""
+        method = self.activations
+        assert method is not None  # noqa: S101 - asked by the caller
+        table = self.activation_bits
+        bits = _by_path(table, path, place, default_bits(method.widths)) if isinstance(table, Mapping) else table
+        bits = bits if bits is not None else default_bits(method.widths)
+        if place.end and isinstance(self.ends, int) and bits < self.ends:
+            bits = self.ends
+            method = method if bits in method.widths else AffineInput()
+        return method, bits
+
+    def _inputs(
+        self, model: nn.Module, observed: Mapping[str, tuple[nn.Module, Place, Observed]], places: list[Place],
+        stage: Stage, context: Context,
+    ) -> nn.Module:  # fmt: skip
+        if not stage.activations:
+            return model
+        for path, (layer, place, seen) in observed.items():
+            method, bits = self.input_bits(path, place)
+            bits = next((b for b in sorted(method.widths) if b >= max(bits, stage.width)), bits)
+            there = quantized_input(layer)
+            if there is not None and there.bits == bits and there.method == method:
+                continue
+            model = Plan((QuantizeInput.of(path, method, bits, signed=seen.low < 0),)).apply(model)
+            fill(layer, seen)
+        return model
+
+    # --- training ------------------------------------------------------------------------------------------------
+
+    def _fit(self, model: nn.Module, context: Context, stage: Stage, of: int, number: int) -> None:
+        share = self.epochs // of + int(number < self.epochs % of)
+        if not share:
+            return
+        callbacks: list[Callback] = []
+        with ExitStack() as stack:
+            hooks = stack.enter_context(QuantizerHooks(model))
+            if self.gradients is not None or self.errors is not None:
+                callbacks.append(stack.enter_context(Gradients(self, model)))
+            callbacks += [
+                made for guide in stage.guides if (made := guide.callback(model, context)) is not None
+            ]  # fmt: skip
+            self.replace(epochs=share, schemes=()).train(model, context, callbacks=(*callbacks, hooks), name=stage.name)
+
+
+def put(slot: Slot, method: WeightQuantizer, bits: int) -> None:
+    """Give a weight the form of ``method`` in ``bits`` bits; a quantizer it has goes, what that kept is kept on."""
+    inner, latent = slot.form, slot.latent.detach().clone()
+    if isinstance(inner, QuantizedWeight):
+        if inner.method == method and inner.bits == bits:
+            return
+        inner = inner.inner
+    start = latent if isinstance(inner, Shared) or isinstance(slot.form, QuantizedWeight) else slot.value()
+    if start.shape != slot.shape and not isinstance(inner, Shared):
+        start = slot.value()
+    assert inner is None or isinstance(inner, (Mask, Shared))  # noqa: S101 - places refuses all others
+    form = QuantizedWeight(method, start, bits, axis=output_axis(slot), inner=inner, name=slot.name)
+    trained = slot.latent.requires_grad
+    attach(slot, form)
+    slot.latent.requires_grad_(trained)
+
+
+def fill(layer: nn.Module, seen: Observed) -> None:
+    """Fill the state of the layer's input quantizer from what calibration saw."""
+    quantizer = quantized_input(layer)
+    assert quantizer is not None  # noqa: S101 - just put there
+    state = quantizer.method.start(seen, quantizer.bits, signed=quantizer.signed)
+    with torch.no_grad():
+        for name, tensor in state.items():
+            quantizer.state[name].copy_(tensor)
+
+
+def _solve(model: nn.Module, slots: list[Slot], context: Context) -> None:
+    """Solve layer after layer, in the order they run."""
+    ordered = in_order(model, slots, context)
+    for number, slot in enumerate(ordered):
+        form = slot.form
+        assert isinstance(form, QuantizedWeight)  # noqa: S101 - just put there
+        context.progress("layers", number, len(ordered))
+        if not isinstance(form.method, LayerSolver) or isinstance(form.inner, Shared):
+            continue
+        solved = form.method.solve(model, slot, form.bits, form.axis, context)
+        with torch.no_grad():
+            slot.latent.copy_(solved)
+
+
+def default_bits(widths: tuple[int, ...]) -> int:
+    """8 where a method can do that, else the most it can."""
+    return 8 if 8 in widths else max(widths)
+
+
+def _by_path(table: Mapping[str, int], path: str, place: Place, default: int) -> int:
+    from espalier.core.selection import matches
+
+    found = [bits for pattern, bits in table.items() if matches(pattern, place.slot, -1) or pattern == path]
+    return found[-1] if found else default
+
+
+def _widths(method: Quantize) -> list[str]:
+    """Bits that a method cannot do."""
+    found = []
+    for name, bits, part in (
+        ("bits", method.bits, method.weights),
+        ("activation_bits", method.activation_bits, method.activations),
+        ("gradient_bits", method.gradient_bits, method.gradients),
+        ("error_bits", method.error_bits, method.errors),
+    ):
+        if part is None or bits is None:
+            continue
+        asked = bits.values() if isinstance(bits, Mapping) else (bits,)
+        wrong = sorted({b for b in asked if b not in part.widths})
+        if wrong:
+            can = ", ".join(map(str, part.widths))
+            found.append(f"{name}={wrong[0]}: {part.id} can do {can}")
+    return found
+
+
+def _training(method: Quantize) -> list[str]:
+    """What makes sense in a training only, and a step that does nothing."""
+    found = []
+    parts: tuple[Any, ...] = (method.weights, method.activations, method.gradients, method.errors)
+    if all(part is None for part in parts):
+        found.append("nothing is to be quantized: give weights, activations, gradients or errors")
+    if not method.epochs and (method.gradients is not None or method.errors is not None):
+        found.append("gradients and errors exist in training only: give epochs")
+    if method.schemes and not method.epochs:
+        found.append("schemes divide a training: give epochs")
+    if method.schemes and method.epochs and len(method.stages()) > method.epochs:
+        found.append(f"the schemes make {len(method.stages())} stages; give as many epochs at least")
+    return found
