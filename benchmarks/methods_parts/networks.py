@@ -33,6 +33,18 @@ def conv() -> nn.Module:
     )  # fmt: skip
 
 
+def signed() -> nn.Module:
+    """As ``conv``, with hard tanh in the place of ReLU, so that inputs of both signs reach every layer."""
+
+    def part(inputs: int, outputs: int) -> tuple[nn.Module, ...]:
+        return nn.Conv2d(inputs, outputs, 3, 1, 1, bias=False), nn.MaxPool2d(2), nn.BatchNorm2d(outputs), nn.Hardtanh()
+
+    return nn.Sequential(
+        *part(1, 16), *part(16, 32), *part(32, 64), nn.Flatten(), nn.Linear(576, 64), nn.BatchNorm1d(64), nn.Hardtanh(),
+        nn.Linear(64, 10),
+    )  # fmt: skip
+
+
 class Block(nn.Module):
     """Two convolutions and a shortcut."""
 
@@ -93,6 +105,7 @@ NETWORKS: dict[str, tuple[str, Callable[[], nn.Module]]] = {
     "plain": ("LeNet-300-100", LeNet300),
     "normed": ("LeNet-300-100 with batch norms", normed),
     "conv": ("CNN 16-32-32-64 with batch norms", conv),
+    "signed": ("CNN 16-32-64 with batch norms and hard tanh", signed),
     "residual": ("residual CNN, 4 blocks of 24 channels", residual),
     "transformer": ("transformer, 2 blocks, width 32, 4 heads", Transformer),
 }

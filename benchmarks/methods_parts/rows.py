@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import espalier.prune as p
+import espalier.quantize as q
 import espalier.train as t
 from espalier.core.method import Technique
 from espalier.core.recipe import FileOptions
@@ -67,7 +68,7 @@ ONE_SHOT, WHILE = "one-shot, then fine-tuned", "while training"
 
 def rows(setting: Setting) -> Iterator[Row]:
     """All rows."""
-    for part in (_criteria, _patterns, _scopes, _schedules, _trained, _before, _share, _files, _training):
+    for part in (_criteria, _patterns, _scopes, _schedules, _trained, _before, _share, _quantize, _files, _training):
         yield from part(setting)
 
 
@@ -208,6 +209,67 @@ def _share(s: Setting) -> Iterator[Row]:
     yield Row(id="share.kmeans", what="exact, no training", steps=(exact,))
     yield Row(id="share.kmeans", what="exact, centroids fine-tuned", steps=(exact, s.tune))
     yield Row(id="share.kmeans", what="one codebook for all layers", steps=(KMeans(bits=4, group="all"),))
+
+
+def _quantize(s: Setting) -> Iterator[Row]:
+    """Weights alone, inputs beside 8-bit weights, ranges without training, and what is done around them."""
+    plain: list[tuple[q.WeightQuantizer, int]] = [
+        (q.Affine(), 4), (q.FixedPoint(), 8), (q.QAT(), 4), (q.LSQ(), 2), (q.SAWB(), 2), (q.DoReFa(), 2),
+        (q.Relaxed(), 4), (q.PowerOfTwo(), 4), (q.Log(), 4), (q.APoT(), 4), (q.LQNet(), 2), (q.Quantile(), 3),
+        (q.Levels(), 3), (q.Binary(), 1), (q.BinaryStochastic(), 1), (q.BWN(), 1), (q.BSFixed(), 1), (q.Ternary(), 2),
+        (q.TernaryBernoulli(), 2), (q.TWN(), 2), (q.TTQ(), 2), (q.LAB(), 1), (q.LAT(), 2), (q.LAQ(), 3), (q.Inq(), 3),
+        (q.Admm(), 2), (q.Elq(), 2), (q.LrNet(), 2), (q.ValueAware(), 3),
+    ]  # fmt: skip
+    for method, bits in plain:
+        step = q.Quantize(weights=method, bits=bits, epochs=s.longer)
+        yield Row(id=method.name, what=f"weights in {bits} bits, ends in 8, while training", steps=(step,))
+    for solver in (q.Gptq(batches=4), q.AdaRound(iterations=500)):
+        step = q.Quantize(weights=solver, bits=3)
+        yield Row(id=solver.name, what="weights in 3 bits, ends in 8, no training", steps=(step,))
+    yield Row(id="quantize.half", what="fp16, no training", steps=(q.Quantize(weights=q.Half()),))
+    inputs: list[tuple[q.ActivationQuantizer, int, str]] = [
+        (q.AffineInput(), 4, "conv"), (q.FixedPointInput(), 8, "conv"), (q.QATInput(), 4, "conv"),
+        (q.LSQInput(), 2, "conv"), (q.PACT(), 4, "conv"), (q.DoReFaInput(), 4, "conv"), (q.RelaxedInput(), 4, "conv"),
+        (q.LogInput(), 4, "conv"), (q.APoTInput(), 4, "conv"), (q.LQNetInput(), 2, "conv"), (q.HWGQ(), 2, "conv"),
+        (q.ValueAwareInput(), 3, "conv"), (q.HalfInput(), 16, "conv"), (q.BinaryInput(), 1, "signed"),
+        (q.XNORInput(), 1, "signed"),
+    ]  # fmt: skip
+    for method, bits, network in inputs:
+        weights_part = q.BWN() if bits == 1 else q.Affine()
+        step = q.Quantize(
+            weights=weights_part, bits=1 if bits == 1 else 8, activations=method, activation_bits=bits, epochs=s.longer
+        )
+        what = f"inputs in {bits} bits, weights in {1 if bits == 1 else 8}, while training"
+        yield Row(id=method.name, what=what, steps=(step,), network=network)
+    for observer in (q.MinMax(), q.Ema(), q.Percentile(), q.Mse(), q.Entropy()):
+        step = q.Quantize(
+            weights=q.Affine(observer=observer), bits=4, activations=q.AffineInput(observer=observer),
+            activation_bits=4,
+        )  # fmt: skip
+        yield Row(id=observer.name, what="weights and inputs in 4 bits, no training", steps=(step,), network="conv")
+    low = q.Quantize(weights=q.DoReFa(), bits=2, activations=q.LSQInput(), activation_bits=2, epochs=max(4, s.longer))
+    yield Row(id="quantize.quantize", what="2 bits, while training", steps=(low,), network="conv")
+    for scheme in (q.TwoStage(), q.Progressive(), q.Guided(), q.ValueAwareMemory()):
+        yield Row(
+            id=scheme.name, what="2 bits, while training", steps=(low.replace(schemes=(scheme,)),), network="conv"
+        )
+    for bits in (8, 4):
+        flowing = q.Quantize(
+            weights=None, gradients=q.GradientQuantization(), gradient_bits=bits, errors=q.ErrorQuantization(),
+            error_bits=bits, epochs=s.longer,
+        )  # fmt: skip
+        for part in ("quantize.gradient-quantization", "quantize.error-quantization"):
+            yield Row(id=part, what=f"gradients and errors in {bits} bits", steps=(flowing,), network="conv")
+    rounded = q.Quantize(bits=3)
+    yield Row(id="quantize.equalise", what="then 3 bits, no training", steps=(q.Equalise(), rounded), network="conv")
+    yield Row(id="quantize.bias-correction", what="after 3 bits, no training", steps=(rounded, q.BiasCorrection()),
+              network="conv")  # fmt: skip
+    eight = q.Quantize(activations=q.AffineInput())
+    yield Row(id="quantize.smoothquant", what="then 8 bits, no training", steps=(q.SmoothQuant(), eight),
+              network="transformer")  # fmt: skip
+    yield Row(id="quantize.ptq-int8", what="no training", steps=(q.PtqInt8(),), network="conv")
+    yield Row(id="quantize.mixed-bits", what="4 bits on average, no training", steps=(q.MixedBits(budget=4.0),),
+              network="conv")  # fmt: skip
 
 
 def _files(s: Setting) -> Iterator[Row]:

@@ -54,6 +54,10 @@ class Form(nn.Module):
     def forward(self, latent: Tensor) -> Tensor:
         """The effective weight."""
 
+    def in_use(self, latent: Tensor) -> Tensor:
+        """The effective weight without chance: what it is when the model is used."""
+        return self(latent)  # type: ignore[no-any-return]
+
     @abstractmethod
     def freeze(self, latent: Tensor) -> Representation:
         """How the effective weight is stored; ``dense()`` of it equals ``forward(latent)`` bit for bit."""

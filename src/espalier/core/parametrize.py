@@ -60,7 +60,7 @@ class Slot:
     def value(self) -> Tensor:
         """The effective weight, detached."""
         with torch.no_grad():
-            return (self.form(self.latent) if self.form is not None else self.latent).detach()
+            return (self.form.in_use(self.latent) if self.form is not None else self.latent).detach()
 
 
 def _plain_order(module: nn.Module) -> list[str]:

@@ -9,7 +9,8 @@ have fixed: pruned positions stay zero, and weights that share a value go on sha
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -76,7 +77,7 @@ class Weight:
 
 def by_channel(values: Tensor, axis: int | None) -> Tensor:
     """``values`` as (channels, entries of each); one row where ``axis`` is None."""
-    return values.reshape(1, -1) if axis is None else values.movedim(axis, 0).flatten(1)
+    return values.reshape(1, -1) if axis is None else values.movedim(axis, 0).reshape(values.shape[axis], -1)
 
 
 def mean_where(values: Tensor, kept: Tensor | None, axis: int | None) -> Tensor:
@@ -104,6 +105,11 @@ class WeightQuantizer(Method):
     widths: ClassVar[tuple[int, ...]] = tuple(range(1, 17))
     per_channel: ClassVar[frozenset[str]] = frozenset()
     stacked: ClassVar[int] = 0
+
+    @property
+    def by_group(self) -> bool:
+        """Whether the state of a channel has entries for groups of its inputs, so that those cannot be removed."""
+        return False
 
     def start(self, weight: Tensor, bits: int, axis: int | None, kept: Tensor | None) -> dict[str, Tensor]:
         """The state to begin with: ``nn.Parameter`` for what is learned. Shapes depend on shapes and ``bits`` alone."""
@@ -243,16 +249,26 @@ class QuantizedWeight(Form):
         kept: Tensor = self.inner(values)
         return kept
 
-    def freeze(self, latent: Tensor) -> Representation:
+    @contextmanager
+    def _used(self) -> Iterator[None]:
+        """In eval mode: no chance, no gradients."""
         before = self.training
         self.eval()
         try:
             with torch.no_grad():
-                if isinstance(self.inner, Shared):
-                    return self.inner.freeze(self.method.quantize(self.view(latent)))
-                return self.method.freeze(self.view(latent), self(latent))
+                yield
         finally:
             self.train(before)
+
+    def in_use(self, latent: Tensor) -> Tensor:
+        with self._used():
+            return self(latent)  # type: ignore[no-any-return]
+
+    def freeze(self, latent: Tensor) -> Representation:
+        with self._used():
+            if isinstance(self.inner, Shared):
+                return self.inner.freeze(self.method.quantize(self.view(latent)))
+            return self.method.freeze(self.view(latent), self(latent))
 
     def take(self, dim: int, index: Tensor) -> QuantizedWeight:
         made = QuantizedWeight.__new__(QuantizedWeight)
@@ -264,7 +280,7 @@ class QuantizedWeight(Form):
         return made
 
     def _cut(self, name: str, tensor: Tensor, dim: int, index: Tensor) -> Tensor:
-        if name in self.method.per_channel and tensor.ndim == 2 and dim != self.axis:
+        if self.method.by_group and name in self.method.per_channel and tensor.ndim and dim != self.axis:
             raise ModelError(
                 f"{self.name or 'a weight'} has a scale for every group of inputs, so its inputs cannot be removed. "
                 "Remove channels before the step that quantizes, or quantize per channel."

@@ -12,6 +12,7 @@ from torch import nn
 
 from espalier.core.callback import Callback, Loop
 from espalier.core.context import Context
+from espalier.core.errors import ModelError
 from espalier.core.fields import Multiple
 from espalier.core.model import copy_model
 from espalier.core.plan import Plan
@@ -110,14 +111,22 @@ class Remover(Callback):
         if self.watcher is None or loop.step:
             progress, final = method.schedule.at_epoch(loop.epoch, loop.epochs), final_sparsity(method)
             share = method.schedule.sparsity(progress, final)
-            self.remove(share if share < final - 1e-9 else final, loop.optimizer)  # no last round for a rounding error
+            self.remove(share, loop.optimizer)  # no last round for a rounding error
 
     def remove(self, share: float, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Remove until ``share`` is gone; nothing where that much is gone already."""
         if share <= self.reached:
             return
-        given = self.watcher.scores(self.removal.model) if self.watcher is not None else None
-        for cut in self.removal.take(self.removal.choose(share, self.removal.scores(given)), optimizer):
+        trained = self.removal.model
+        given = self.watcher.scores(trained) if self.watcher is not None else None
+        cuts = self.removal.take(self.removal.choose(share, self.removal.scores(given)), optimizer)
+        if optimizer is not None and self.removal.model is not trained:
+            raise ModelError(
+                f"{self.removal.method.name}: without the units of this round the code of {type(trained).__name__} "
+                f"fails ({self.removal.removed[-1].reason}), and its graph cannot take its place while it trains. "
+                "Remove them at once (epochs=0) and train in a step of its own (train.finetune)."
+            )
+        for cut in cuts:
             if self.watcher is not None:
                 self.watcher.keep(cut.tensor, cut.take)
         self.reached = share
@@ -131,17 +140,24 @@ class Remover(Callback):
 
 
 def _followable(removal: Removal) -> nn.Module:
-    """The model, or its graph where its code cannot follow a removal: decided once, on a trial, before training."""
+    """The model, or its graph where its code cannot follow a removal: decided once, on trials, before training.
+
+    Without half of every group sizes may still fit each other (half the width, half the heads); without the fewest that
+    may go of each they do not.
+    """
     if isinstance(removal.model, Runner):
         return removal.model
     rng = np.random.default_rng(0)
-    chosen = {}
-    for group in removal.candidates():
-        mask = np.zeros(group.size, dtype=np.bool_)
-        mask[rng.permutation(group.size)[: group.size // 2]] = True
-        chosen[group.name] = mask
-    trial = remove(copy_model(removal.model), removal.found, chosen, removal.args, removal.kwargs)
-    if trial.kind == "module":
-        return removal.model
-    removal.context.note(f"the model's own code cannot follow ({trial.reason}); its graph is trained instead.")
-    return Plan((AsGraph.of(removal.found.graph),)).apply(removal.model)
+    for few in (True, False):
+        chosen = {}
+        for group in removal.candidates():
+            multiple = min(removal.pattern.multiple, group.size)
+            kept = (group.size - 1 if few else group.size // 2) // multiple * multiple or multiple
+            mask = np.zeros(group.size, dtype=np.bool_)
+            mask[rng.permutation(group.size)[: group.size - kept]] = True
+            chosen[group.name] = mask
+        trial = remove(copy_model(removal.model), removal.found, chosen, removal.args, removal.kwargs)
+        if trial.kind == "graph":
+            removal.context.note(f"the model's own code cannot follow ({trial.reason}); its graph is trained instead.")
+            return Plan((AsGraph.of(removal.found.graph),)).apply(removal.model)
+    return removal.model

@@ -14,7 +14,7 @@ from espalier import encode
 from espalier.core.context import Context
 from espalier.core.errors import ModelError, NumericError
 from espalier.core.keep import Keep
-from espalier.core.model import device_of
+from espalier.core.model import copy_model, device_of
 from espalier.core.norms import Normalise
 from espalier.core.parametrize import freeze, plain, slots
 from espalier.core.selection import Selection, select
@@ -202,10 +202,14 @@ class Removal:
 
     def _bytes(self, chosen: Chosen) -> float:
         """Length of the weights if they were written now (floats as fp16, the portable coders)."""
-        tensors, aliases = freeze(self.model)
-        for name in Normalise().statistics(self.model):  # a file holds a scale and a shift in their place
-            tensors.pop(name, None)
-            aliases.pop(name, None)
+        model, normalise = self.model, Normalise()
+        statistics = normalise.statistics(model)
+        if statistics:  # a file holds a scale and a shift in their place
+            model = copy_model(model)
+            normalise.apply(model)
+        tensors, aliases = freeze(model)
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in statistics}
+        aliases = {name: target for name, target in aliases.items() if name not in statistics}
         for name, dims in indices(self.found.flow, self.gone(chosen)).items():
             for dim, index in dims.items():
                 if name in tensors:

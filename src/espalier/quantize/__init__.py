@@ -3,22 +3,119 @@
 from espalier.core.inputs import ActivationQuantizer
 from espalier.core.quantized import WeightQuantizer
 from espalier.core.registry import register
+from espalier.quantize.admm import Admm
 from espalier.quantize.affine import Affine, AffineInput
+from espalier.quantize.apot import APoT, APoTInput
+from espalier.quantize.binary import Binary
+from espalier.quantize.binary_input import BinaryInput
+from espalier.quantize.binary_stochastic import BinaryStochastic
+from espalier.quantize.bs_fixed import BSFixed
+from espalier.quantize.bwn import BWN
+from espalier.quantize.dorefa import DoReFa, DoReFaInput
+from espalier.quantize.elq import Elq
+from espalier.quantize.ema import Ema
+from espalier.quantize.entropy import Entropy
+from espalier.quantize.fixed_point import FixedPoint, FixedPointInput
+from espalier.quantize.half import Half, HalfInput
+from espalier.quantize.hwgq import HWGQ
+from espalier.quantize.inq import Inq
+from espalier.quantize.lab import LAB
+from espalier.quantize.laq import LAQ
+from espalier.quantize.lat import LAT
+from espalier.quantize.levels import Levels
+from espalier.quantize.log import Log, LogInput
+from espalier.quantize.lq_net import LQNet, LQNetInput
+from espalier.quantize.lr_net import LrNet
+from espalier.quantize.lsq import LSQ, LSQInput
 from espalier.quantize.minmax import MinMax
+from espalier.quantize.mse import Mse
+from espalier.quantize.pact import PACT
 from espalier.quantize.parts import GradientQuantizer, LayerSolver, Observer, Scheme
+from espalier.quantize.percentile import Percentile
+from espalier.quantize.power_of_two import PowerOfTwo
+from espalier.quantize.qat import QAT, QATInput
+from espalier.quantize.quantile import Quantile
 from espalier.quantize.quantize import Quantize
+from espalier.quantize.relaxed import Relaxed, RelaxedInput
+from espalier.quantize.sawb import SAWB
+from espalier.quantize.ternary import Ternary
+from espalier.quantize.ternary_bernoulli import TernaryBernoulli
+from espalier.quantize.ttq import TTQ
+from espalier.quantize.twn import TWN
+from espalier.quantize.value_aware import ValueAware, ValueAwareInput
+from espalier.quantize.value_aware_memory import ValueAwareMemory
+from espalier.quantize.xnor import XNORInput
 
-METHODS = register("quantize", (Quantize, Affine, AffineInput, MinMax))
+METHODS = register(
+    "quantize",
+    (
+        *(Quantize, Affine, AffineInput, FixedPoint, FixedPointInput, Half, HalfInput),
+        *(MinMax, Ema, Percentile, Mse, Entropy),
+        *(QAT, QATInput, LSQ, LSQInput, SAWB, PACT, DoReFa, DoReFaInput, Relaxed, RelaxedInput),
+        *(PowerOfTwo, Log, LogInput, APoT, APoTInput, LQNet, LQNetInput, Quantile, Levels),
+        *(Binary, BinaryInput, BinaryStochastic, BWN, XNORInput, BSFixed, HWGQ),
+        *(Ternary, TernaryBernoulli, TWN, TTQ, LAB, LAT, LAQ),
+        *(Inq, Admm, Elq, LrNet, ValueAware, ValueAwareInput, ValueAwareMemory),
+    ),
+)  # fmt: skip
 
 __all__ = [
+    "BWN",
+    "HWGQ",
+    "LAB",
+    "LAQ",
+    "LAT",
+    "LSQ",
+    "PACT",
+    "QAT",
+    "SAWB",
+    "TTQ",
+    "TWN",
+    "APoT",
+    "APoTInput",
     "ActivationQuantizer",
+    "Admm",
     "Affine",
     "AffineInput",
+    "BSFixed",
+    "Binary",
+    "BinaryInput",
+    "BinaryStochastic",
+    "DoReFa",
+    "DoReFaInput",
+    "Elq",
+    "Ema",
+    "Entropy",
+    "FixedPoint",
+    "FixedPointInput",
     "GradientQuantizer",
+    "Half",
+    "HalfInput",
+    "Inq",
+    "LQNet",
+    "LQNetInput",
+    "LSQInput",
     "LayerSolver",
+    "Levels",
+    "Log",
+    "LogInput",
+    "LrNet",
     "MinMax",
+    "Mse",
     "Observer",
+    "Percentile",
+    "PowerOfTwo",
+    "QATInput",
+    "Quantile",
     "Quantize",
+    "Relaxed",
+    "RelaxedInput",
     "Scheme",
+    "Ternary",
+    "TernaryBernoulli",
+    "ValueAware",
+    "ValueAwareInput",
+    "ValueAwareMemory",
     "WeightQuantizer",
+    "XNORInput",
 ]

@@ -36,6 +36,10 @@ class Affine(WeightQuantizer):
     group: Group = 128
     observer: Observer = field(default_factory=MinMax)
 
+    @property
+    def by_group(self) -> bool:
+        return self.per == "group"
+
     def rows(self, weight: Tensor, axis: int | None) -> Tensor:
         """The weight as (scales, entries of each)."""
         if self.per == "tensor" or axis is None:

@@ -29,11 +29,11 @@ from espalier.quantize.affine import Affine, AffineInput
 from espalier.quantize.calibrate import observe
 from espalier.quantize.coverage import coverage
 from espalier.quantize.gradients import Gradients
-from espalier.quantize.hooks import QuantizerHooks, quantized
 from espalier.quantize.parts import GradientQuantizer, LayerSolver, Scheme, Stage
 from espalier.quantize.places import Place, chosen, input_layers, output_axis
 from espalier.train import Training
 from espalier.train.layers import in_order
+from espalier.train.quantizers import quantized
 
 END_BITS = 8
 
@@ -189,13 +189,12 @@ class Quantize(Training):
             return
         callbacks: list[Callback] = []
         with ExitStack() as stack:
-            hooks = stack.enter_context(QuantizerHooks(model))
             if self.gradients is not None or self.errors is not None:
                 callbacks.append(stack.enter_context(Gradients(self, model)))
             callbacks += [
                 made for guide in stage.guides if (made := guide.callback(model, context)) is not None
             ]  # fmt: skip
-            self.replace(epochs=share, schemes=()).train(model, context, callbacks=(*callbacks, hooks), name=stage.name)
+            self.replace(epochs=share, schemes=()).train(model, context, callbacks=callbacks, name=stage.name)
 
 
 def put(slot: Slot, method: WeightQuantizer, bits: int) -> None:
@@ -205,14 +204,16 @@ def put(slot: Slot, method: WeightQuantizer, bits: int) -> None:
         if inner.method == method and inner.bits == bits:
             return
         inner = inner.inner
-    start = latent if isinstance(inner, Shared) or isinstance(slot.form, QuantizedWeight) else slot.value()
-    if start.shape != slot.shape and not isinstance(inner, Shared):
+    same = isinstance(slot.form, QuantizedWeight) and slot.form.method == method
+    start = latent if isinstance(inner, Shared) or same else slot.value()
+    if start.shape != slot.shape and not isinstance(inner, Shared):  # a latent of another form than the weight's
         start = slot.value()
     assert inner is None or isinstance(inner, (Mask, Shared))  # noqa: S101 - places refuses all others
     form = QuantizedWeight(method, start, bits, axis=output_axis(slot), inner=inner, name=slot.name)
     trained = slot.latent.requires_grad
     attach(slot, form)
-    slot.latent.requires_grad_(trained)
+    for parameter in (slot.latent, *form.state.parameters()):
+        parameter.requires_grad_(trained)
 
 
 def fill(layer: nn.Module, seen: Observed) -> None:

@@ -28,6 +28,7 @@ from espalier.train.augmentation import Augmentation, augmented
 from espalier.train.early_stopping import EarlyStopping
 from espalier.train.judge import Judge, Stopped
 from espalier.train.optimizer import same_layout, trainable
+from espalier.train.quantizers import QuantizerHooks
 from espalier.train.randomness import seeded_epochs
 from espalier.train.schedule import Constant, LearningRateSchedule
 from espalier.train.state import pack, unpack
@@ -89,6 +90,9 @@ def fit(
         if original is not None:
             stack.enter_context(keep_mode(original))
             original.eval()
+        quantizers = stack.enter_context(QuantizerHooks(model))
+        if quantizers:
+            callbacks = (*callbacks, quantizers)
         begin = stack.enter_context(seeded_epochs(context, name, loader))
         begin(0)
         trainer = _Trainer(
@@ -164,7 +168,9 @@ class _Trainer:
     def train_epoch(self) -> float:
         """One pass over the data; the mean loss."""
         loop, optimizer = self.loop, self.loop.optimizer
-        on_loss, before, after = (self.hooks(hook) for hook in ("loss", "before_step", "after_step"))
+        around, on_loss, before, after = (
+            self.hooks(hook) for hook in ("around", "loss", "before_step", "after_step")
+        )  # fmt: skip
         precision: AbstractContextManager[Any] = nullcontext()
         if self.precision == "bf16":
             precision = torch.autocast(self.device.type, torch.bfloat16)
@@ -178,7 +184,10 @@ class _Trainer:
                 batch = augmented(batch, self.augment)
             self.set_rates()
             with precision:
-                output = self.task.predict(loop.model, batch)
+                with ExitStack() as stack:
+                    for hook in around:
+                        stack.enter_context(hook(loop))
+                    output = self.task.predict(loop.model, batch)
                 loss = self.batch_loss(output, batch)
                 for hook in on_loss:
                     loss = hook(loop, batch, output, loss)

@@ -34,6 +34,10 @@ class QuantizerHooks(Callback):
         self.inputs = list(quantized_inputs(model).values())
         self.stack = ExitStack()
 
+    def __bool__(self) -> bool:
+        """Whether there is any quantizer to speak to."""
+        return bool(self.weights or self.inputs)
+
     def __enter__(self) -> QuantizerHooks:
         for slot, form in self.weights:
             if does(form.method, "respond"):

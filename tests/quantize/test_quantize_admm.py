@@ -1,0 +1,149 @@
+"""ADMM: the projection by brute force, the updates and the extragradient by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tests.quantize.incremental_digits import (
+    accuracy,
+    check_common,
+    check_resumes,
+    latent_of,
+    quantized,
+    trained,
+    view,
+)
+from torch import Tensor, nn
+
+from espalier.core.callback import Loop
+from espalier.core.context import Context
+from espalier.core.errors import UsageError
+from espalier.core.quantized import Weight
+from espalier.core.task import Task
+from espalier.quantize.admm import Admm, magnitudes, nearest, project
+from espalier.quantize.quantize import Quantize
+from espalier.testing.compare import bits
+from espalier.train import SGD, Constant
+
+
+def test_the_sets_of_the_paper() -> None:
+    assert magnitudes(1, "fitting") == (1,)
+    assert magnitudes(2, "fitting") == (0, 1)
+    assert magnitudes(3, "fitting") == (0, 1, 2, 4)
+    assert magnitudes(3, "binary") == (1,)
+
+
+@pytest.mark.parametrize("sizes", [(1,), (0, 1), (0, 1, 2, 4)])
+def test_nearest_is_nearest(sizes: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    values, alpha = torch.randn(500).double(), torch.tensor(0.37)
+    members = sorted({s * sign for s in sizes for sign in (-1, 1)})
+    expected = [min(members, key=lambda q: abs(v - 0.37 * q)) for v in values.tolist()]
+    assert nearest(values, alpha, sizes).tolist() == expected
+
+
+@pytest.mark.parametrize("sizes", [(1,), (0, 1), (0, 1, 2, 4)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_projection_against_all_scales(sizes: tuple[int, ...], masked: bool) -> None:
+    torch.manual_seed(1)
+    values = torch.randn(40, 5)
+    kept = torch.rand(40, 5) > 0.3 if masked else None
+    counted = values[kept] if kept is not None else values
+
+    def error(codes: Tensor, alpha: float) -> float:
+        return float((counted - alpha * (codes[kept] if kept is not None else codes)).square().sum())
+
+    codes, alpha = project(values, sizes, 5, kept)
+    scales = torch.linspace(0.02, 3, 600)
+    best = min(error(nearest(values, a, sizes), float(a)) for a in scales)
+    assert error(codes, float(alpha)) <= best * 1.05
+    assert torch.equal(codes if kept is None else codes[kept], nearest(counted, alpha, sizes))
+    errors = [error(*_floats(project(values, sizes, n, kept))) for n in (1, 2, 3, 5, 20)]
+    assert errors == sorted(errors, reverse=True)
+    if sizes == (1,):
+        assert float(alpha) == pytest.approx(float(counted.abs().mean()))
+
+
+def _floats(found: tuple[Tensor, Tensor]) -> tuple[Tensor, float]:
+    return found[0], float(found[1])
+
+
+def test_one_update_and_the_penalty_by_hand() -> None:
+    method = Admm(rho=0.5)
+    w = view(method, torch.tensor([[1.0, -0.8], [0.1, 0.9]]), 2)
+    first = method.copy(w)
+    assert first.tolist() == [[pytest.approx(0.9), pytest.approx(-0.9)], [0, pytest.approx(0.9)]]
+    with torch.no_grad():
+        w.latent.add_(torch.tensor([[0.0, 0.1], [0.6, 0.0]]))
+        method.update(w)
+    second = method.copy(w)
+    assert bits(w.state["dual"]) == bits(w.latent.detach() - second)
+    w.latent.grad = None
+    method.penalty(w).backward()  # type: ignore[no-untyped-call]
+    assert w.latent.grad is not None
+    assert torch.allclose(w.latent.grad, 0.5 * (w.latent.detach() - second + w.state["dual"]))
+    assert bits(method.quantize(w)) == bits(w.latent)
+
+
+@pytest.mark.parametrize("extragradient", [True, False])
+def test_steps_by_hand(extragradient: bool) -> None:
+    """Plain gradient descent on f(w) = |w - 3|^2 / 2 with the pull towards G, which stays for the epoch."""
+    task = Task(train=[(torch.ones(1, 1), torch.full((1, 1), 3.0))] * 4, loss=_half_square)
+    model = nn.Sequential(nn.Linear(1, 1, bias=False))
+    with torch.no_grad():
+        model[0].weight.fill_(1.0)  # type: ignore[operator, union-attr]
+    seen: list[float] = []
+
+    class Noted(Admm):
+        def after_step(self, w: Weight, loop: Loop) -> None:
+            seen.append(float(w.latent))
+
+    method = Noted(rho=0.5, extragradient=extragradient)
+    Quantize(
+        weights=method, bits=1, ends="same", epochs=1, lr=0.1, optimizer=SGD(momentum=0.0), lr_schedule=Constant()
+    ).transform(model, Context(task=task))
+
+    def slope(w: float) -> float:
+        return (w - 3) + 0.5 * (w - 1.0)
+
+    expected, w = [], 1.0
+    for step in range(4):
+        if not extragradient:
+            w = w - 0.1 * slope(w)
+            expected.append(w)
+        elif step % 2 == 0:
+            guess = w - 0.1 * slope(w)
+            expected.append(guess)
+        else:
+            w = w - 0.1 * slope(guess)
+            expected.append(w)
+    assert seen == pytest.approx(expected, rel=1e-5)
+
+
+def _half_square(output: Tensor, target: Tensor) -> Tensor:
+    return (output - target).square().sum() / 2
+
+
+def test_it_converges_to_the_set_and_learns() -> None:
+    at_once = quantized(trained(), Admm(), 2)
+    fitted = quantized(trained(), Admm(), 2, epochs=30, lr=1e-2)
+    assert accuracy(fitted) > max(0.85, accuracy(at_once))
+    slot, form = latent_of(fitted, "4.weight")
+    assert len(slot.value().unique()) <= 3
+    assert bits(slot.value()) == bits(form.method.copy(form.view(slot.latent)))  # type: ignore[attr-defined]
+    assert bits(slot.value()) == bits(slot.latent.detach())
+
+
+@pytest.mark.parametrize("every", [None, 5])
+def test_resume_goes_on_bit_for_bit(every: int | None) -> None:
+    check_resumes(Admm(every=every), 3)
+
+
+@pytest.mark.parametrize("width", [1, 2, 3])
+def test_common(width: int) -> None:
+    check_common(Admm(), width)
+
+
+def test_a_set_that_does_not_fit_is_refused() -> None:
+    with pytest.raises(UsageError, match="powers values need 3 bits; got 2"):
+        quantized(trained(), Admm(levels="powers"), 2)
