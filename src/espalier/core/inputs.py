@@ -83,6 +83,10 @@ class ActivationQuantizer(Method):
         """The state to begin with: ``nn.Parameter`` for what is learned. Shapes depend on ``bits`` alone."""
         return {}
 
+    def refuses(self, layer: nn.Module, observed: Observed) -> str | None:
+        """Why the input of this layer cannot be quantized so; None where it can."""
+        return None
+
     @abstractmethod
     def quantize(self, x: Tensor, a: Input) -> Tensor:
         """``x`` on its levels, differentiable by the method's backward rule."""

@@ -131,6 +131,10 @@ class WeightQuantizer(Method):
         """Why a weight of this shape cannot be quantized so; None where it can."""
         return None
 
+    def restarts(self, bits: int) -> tuple[float, ...]:
+        """The shares of a training at which the learning rate starts anew."""
+        return ()
+
     # --- while it trains; empty by default. ``w.latent`` is the parameter itself: change it under ``no_grad`` -----
 
     def on_start(self, w: Weight, loop: Loop) -> None:

@@ -38,12 +38,12 @@ from espalier.prune.parts import (
 from espalier.prune.projections import Projections
 from espalier.prune.regrowth import MomentumRegrowth
 from espalier.prune.removing import Removing
-from espalier.prune.rewind import Restarted
 from espalier.prune.schedules import OneShot
 from espalier.prune.scopes import Layer, Row
 from espalier.prune.tensors import Tensors
 from espalier.prune.weights import Weights
 from espalier.train import SGD, Training
+from espalier.train.restarted import Restarted
 
 
 @dataclass(frozen=True, kw_only=True)

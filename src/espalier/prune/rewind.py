@@ -10,35 +10,13 @@ Departs  A round lasts until the next jump of the sparsity schedule; jumps up to
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from espalier.core.callback import Loop
-from espalier.core.fields import Fraction
 from espalier.core.parametrize import slots
-from espalier.train.schedule import Constant, LearningRateSchedule
-
-
-@dataclass(frozen=True, kw_only=True)
-class Restarted(LearningRateSchedule):
-    """``inner`` once in every round; rounds begin at 0 and at each of ``at`` (shares of the training)."""
-
-    id: ClassVar[str] = "restarted"
-    inner: LearningRateSchedule = field(default_factory=Constant)
-    at: tuple[Fraction, ...] = ()
-
-    def factor(self, step: int, steps: int) -> float:
-        marks = sorted({0, steps, *(round(share * steps) for share in self.at)})
-        first = max(mark for mark in marks if mark <= step or mark == 0)
-        last = min((mark for mark in marks if mark > first), default=steps)
-        return self.inner.factor(step - first, max(1, last - first))
-
-    def decay(self, progress: float) -> float:
-        """Only :meth:`factor` knows the rounds."""
-        return self.inner.decay(progress)
 
 
 class Snapshot:

@@ -111,7 +111,7 @@ class Remover(Callback):
         if self.watcher is None or loop.step:
             progress, final = method.schedule.at_epoch(loop.epoch, loop.epochs), final_sparsity(method)
             share = method.schedule.sparsity(progress, final)
-            self.remove(share, loop.optimizer)  # no last round for a rounding error
+            self.remove(share if share < final - 1e-9 else final, loop.optimizer)  # no last round for a rounding error
 
     def remove(self, share: float, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Remove until ``share`` is gone; nothing where that much is gone already."""

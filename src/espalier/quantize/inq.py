@@ -6,9 +6,8 @@ Formula  n1 = floor(log2(4 s / 3)), s = max|w|;   n2 = n1 + 1 - 2^{b-1} / 2;   P
          w^ = b sgn(w) where (a + b) / 2 <= |w| < 3 b / 2 for neighbours a < b of P, else 0;
          w <- w - lr dL/dw T, T = 0 for the share sigma of the weights that is quantized
 Departs  Every portion gets an equal share of the epochs, the last (everything is quantized, biases and norms train on)
-         too. The paper starts the learning rate anew with every portion: the lr_schedule decides that here. Weights
-         that training has made larger than 3/2 of the largest level get that level. Validation sees every weight
-         quantized, as the file would hold it.
+         too, and the learning rate runs through its schedule in each. Weights that training has made larger than 3/2
+         of the largest level get that level. Validation sees every weight quantized, as the file would hold it.
 """
 
 from __future__ import annotations
@@ -105,6 +104,9 @@ class Incremental(WeightQuantizer):
     @abstractmethod
     def project(self, w: Weight) -> Tensor:
         """The latent weight on its levels, whatever is fixed."""
+
+    def restarts(self, bits: int) -> tuple[float, ...]:
+        return tuple(n / len(self.shares(bits)) for n in range(1, len(self.shares(bits))))
 
     def shares(self, bits: int) -> tuple[float, ...]:
         """The accumulated shares."""

@@ -32,8 +32,10 @@ from espalier.quantize.gradients import Gradients
 from espalier.quantize.parts import GradientQuantizer, LayerSolver, Scheme, Stage
 from espalier.quantize.places import Place, chosen, input_layers, output_axis
 from espalier.train import Training
+from espalier.train.batch_norm import reestimate
 from espalier.train.layers import in_order
 from espalier.train.quantizers import quantized
+from espalier.train.restarted import Restarted
 
 END_BITS = 8
 
@@ -86,6 +88,8 @@ class Quantize(Training):
         for slot, form in quantized(model):
             with torch.no_grad():
                 form.method.finish(form.view(slot.latent), context)
+        if self.reestimate and self.epochs:  # after the last weight has its place
+            reestimate(model, context)
         context.record.details["coverage"] = coverage(model, places, context)
         return model
 
@@ -149,6 +153,8 @@ class Quantize(Training):
                 context.skip(f"input of {path}", "it is the first or the last layer's, and ends=float")
             elif seen[path].low == seen[path].high == 0:
                 context.skip(f"input of {path}", "its range is dead: every value seen was zero")
+            elif (reason := self.input_bits(path, place)[0].refuses(layer, seen[path])) is not None:
+                context.skip(f"input of {path}", reason)
             else:
                 found[path] = layer, place, seen[path]
         return found
@@ -194,21 +200,35 @@ class Quantize(Training):
             callbacks += [
                 made for guide in stage.guides if (made := guide.callback(model, context)) is not None
             ]  # fmt: skip
-            self.replace(epochs=share, schemes=()).train(model, context, callbacks=callbacks, name=stage.name)
+            self._paced(model, share).train(model, context, callbacks=callbacks, name=stage.name)
+
+    def _paced(self, model: nn.Module, epochs: int) -> Quantize:
+        """This step for one stage: its epochs, and the restarts of the learning rate that methods ask for."""
+        restarts = {at for _, form in quantized(model) for at in form.method.restarts(form.bits)}
+        stage = self.replace(epochs=epochs, schemes=(), reestimate=False)
+        if restarts:
+            stage = stage.replace(lr_schedule=Restarted(inner=self.lr_schedule, at=tuple(sorted(restarts))))
+        return stage
 
 
 def put(slot: Slot, method: WeightQuantizer, bits: int) -> None:
-    """Give a weight the form of ``method`` in ``bits`` bits; a quantizer it has goes, what that kept is kept on."""
-    inner, latent = slot.form, slot.latent.detach().clone()
-    if isinstance(inner, QuantizedWeight):
-        if inner.method == method and inner.bits == bits:
-            return
-        inner = inner.inner
-    same = isinstance(slot.form, QuantizedWeight) and slot.form.method == method
-    start = latent if isinstance(inner, Shared) or same else slot.value()
-    if start.shape != slot.shape and not isinstance(inner, Shared):  # a latent of another form than the weight's
-        start = slot.value()
+    """Give a weight the form of ``method`` in ``bits`` bits; a quantizer it has goes, what that kept is kept on.
+
+    The same method in other bits goes on from the latent tensor, another one from the effective values.
+    """
+    old, latent = slot.form, slot.latent.detach().clone()
+    if isinstance(old, QuantizedWeight) and old.method == method and old.bits == bits:
+        return
+    inner = old.inner if isinstance(old, QuantizedWeight) else old
     assert inner is None or isinstance(inner, (Mask, Shared))  # noqa: S101 - places refuses all others
+    goes_on = isinstance(old, QuantizedWeight) and old.method == method and not method.stacked
+    if goes_on or (isinstance(inner, Shared) and old is inner):
+        start = latent
+    elif isinstance(inner, Shared) and isinstance(old, QuantizedWeight):
+        with torch.no_grad():
+            start = old.method.quantize(old.eval().view(latent))
+    else:
+        start = slot.value()
     form = QuantizedWeight(method, start, bits, axis=output_axis(slot), inner=inner, name=slot.name)
     trained = slot.latent.requires_grad
     attach(slot, form)

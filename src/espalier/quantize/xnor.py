@@ -5,8 +5,9 @@ Paper    Rastegari, Ordonez, Redmon, Farhadi. XNOR-Net: ImageNet Classification 
 Formula  y = (sign(x) * W) K + bias;   K = A * k, A = <|x|> over the input channels, k = 1 / (w h) everywhere, with
          the stride and padding of the layer (a linear layer: K = <|x|>);   dL/dx through the sign: 1[|x| <= 1]
 Departs  With quantize.bwn for the weights this is the paper's layer. The order of a block, batch norm then sign then
-         convolution, is the user's architecture: behind a ReLU every sign is +1. The gradient also flows through K,
-         which the paper leaves open; the authors' released code has no K. Groups of a convolution have a K each.
+         convolution, is the user's architecture: inputs that are never negative are left alone. The gradient also flows
+         through K, which the paper leaves open; the authors' released code has no K. Groups of a convolution have a K
+         each.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from espalier.core.errors import ModelError
-from espalier.core.inputs import ActivationQuantizer, Input
-from espalier.quantize.binary_input import binary_input
+from espalier.core.inputs import ActivationQuantizer, Input, Observed
+from espalier.quantize.binary_input import binary_input, never_negative
 
 Layer = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 
@@ -44,6 +45,11 @@ class XNORInput(ActivationQuantizer):
 
     id: ClassVar[str] = "xnor-input"
     widths: ClassVar[tuple[int, ...]] = (1,)
+
+    def refuses(self, layer: nn.Module, observed: Observed) -> str | None:
+        if not isinstance(layer, Layer):
+            return f"{self.id} scales the outputs of linear layers and convolutions; use binary-input"
+        return never_negative(observed)
 
     def quantize(self, x: Tensor, a: Input) -> Tensor:
         return binary_input(x)
