@@ -6,8 +6,8 @@ LeNet-5 on MNIST is trained here, once for each seed; ResNet-20 is the published
 JPEG images first. Every row starts from that network and trains for the same epochs with the same optimizer; so does
 ``fp32``, the row that differences are taken to, seed by seed. Rows marked ``untrained`` see calibration data only.
 Bytes are the length of ``model.weights.espalier``, loaded again and evaluated: that is what the error is of. First and
-last layer have 8 bits where a row says nothing else, and their bytes count. Nothing is chosen by val or test. Rows are
-kept: a second call goes on where the first stopped. ``published``: test error in percent by the authors, or by the
+last layer have 8 bits where a row says nothing else, and their bytes count. Nothing is chosen by val or test. Seconds
+are processor time. Rows are kept: a second call goes on where the first stopped. ``published``: test error in percent by the authors, or by the
 table of Relaxed Quantization (Louizos et al. 2019, arXiv:1810.01875, table 1) where that is named; they trained from
 scratch and for far longer.
 """
@@ -134,7 +134,10 @@ def rows() -> tuple[Row, ...]:
         *(weights_only("affine, mse", b, {"affine": {"observer": "mse"}}, trained=False) for b in (4, 3, 2)),
         both("affine", 8, 8, "affine", "affine-input", trained=False, networks=BOTH),
         *(weights_only("gptq", b, trained=False, networks=BOTH) for b in (4, 3)),
-        *(weights_only("adaround", b, {"adaround": {"iterations": 1000}}, trained=False, networks=BOTH) for b in (4, 3)),
+        *(
+            weights_only("adaround", b, {"adaround": {"iterations": 1000}}, trained=False, networks=BOTH)
+            for b in (4, 3)
+        ),
         *(weights_only("half", b, {"half": {"format": f}}, trained=False) for b, f in ((16, "fp16"), (16, "bf16"))),
         weights_only("half, fp8", 8, {"half": {"format": "e4m3"}}, trained=False),
         weights_only("fixed-point", 8, trained=False),
@@ -227,7 +230,8 @@ def start(setting: Setting, task: es.Task, folder: Path, seed: int) -> nn.Module
     """The network all rows of a seed start from."""
     torch.manual_seed(seed)
     if setting.network == "lenet5":
-        return Finetune(epochs=setting.dense_epochs, lr=2e-3)(LeNet5(), Context(task=task, seed=seed))
+        fresh = LeNet5().to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # twice as fast
+        return Finetune(epochs=setting.dense_epochs, lr=2e-3)(fresh, Context(task=task, seed=seed))
     network = load_pretrained(resnet20(), folder / "cifar10_resnets" / "resnet20-12fca82f.th")
     step = Finetune(epochs=setting.dense_epochs, lr=0.01, augment=(Crop(), Flip()))
     return step(network, Context(task=task, seed=seed))
@@ -244,16 +248,16 @@ def step_of(row: Row, setting: Setting) -> Any:
 def measured(row: Row, setting: Setting, model: nn.Module, task: es.Task, seed: int) -> dict[str, Any]:
     """One row: errors and bytes are those of the re-loaded file."""
     with tempfile.TemporaryDirectory() as folder:
-        started = time.monotonic()
+        started = time.process_time()
         recipe = Recipe(steps=(step_of(row, setting),))
         record = es.compress(model, task, recipe, out=Path(folder) / "run", seed=seed, timing_seconds=0).record
-        seconds = time.monotonic() - started
+        seconds = time.process_time() - started
     return {
         "val_error": 100 - record["compressed"]["metric"]["val"]["value"],
         "test_error": 100 - record["test"]["compressed"]["value"],
         "test_stderr": record["test"]["compressed"]["stderr"],
         "bytes": record["files"]["model.weights.espalier"]["bytes"],
-        "seconds": round(seconds, 1),
+        "cpu_seconds": round(seconds, 1),
     }
 
 

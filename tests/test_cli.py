@@ -13,8 +13,10 @@ import pytest
 from espalier.cli.amounts import parse_amount
 from espalier.cli.goal import Goal
 from espalier.cli.main import main
+from espalier.cli.project import load_project
 from espalier.cli.recipes import parse_step
 from espalier.core.errors import UsageError
+from espalier.measure.size import fp32_safetensors_bytes
 
 PROJECT = """
 import torch
@@ -403,8 +405,50 @@ def test_the_plan_shows_the_measure_that_was_asked_for(espalier):
         assert "target --size 1kB: at most 1,000 of " in out
 
 
+def test_a_size_is_a_share_of_the_same_original_in_plan_and_run(espalier, folder):
+    """And what is left of it are the bytes of the file but for the plan; each target is one of the start."""
+    code, out, error = espalier("prune", "project.py", "--size", "80%", "--dry-run")
+    assert code == 0, error
+    original = fp32_safetensors_bytes(load_project(folder / "project.py").model)
+    target = f"target --size 80%: at most {original / 5:,.0f} of {original:,} bytes of weights asked for, "
+    assert target in out
+    rounds = ("--epochs", "3", "--schedule", "cubic", "--out", "run")
+    code, out, error = espalier("prune", "project.py", "--size", "80%", *rounds)
+    assert code == 0, error
+    record = json.loads((folder / "run" / "record.json").read_text())
+    file, measure = record["files"]["model.weights.espalier"], record["steps"][0]["details"]["measure"]
+    assert file["bytes"] == (folder / "run" / "model.weights.espalier").stat().st_size
+    left = file["bytes"] - file["info"]["plans"]
+    assert f"{target}{left:,} left: reached" in out
+    assert measure["after"] == pytest.approx(left, abs=24)
+    assert measure["asked"] == pytest.approx(original / 5)
+    assert 0.85 * original / 5 < left < 1.02 * original / 5
+
+
+@pytest.mark.parametrize("measure", ["parameters", "macs"])
+def test_the_record_says_what_there_was_and_what_is_left(espalier, folder, measure):
+    code, _, error = espalier("prune", "project.py", f"--{measure}", "50%", "--out", "run", "--json")
+    assert code == 0, error
+    record = json.loads((folder / "run" / "record.json").read_text())
+    before, after = record["original"][measure], record["compressed"][measure]
+    found = record["steps"][0]["details"]["measure"]
+    assert found == {"name": measure, "before": before, "after": after, "asked": before / 2}
+    assert after <= before / 2
+
+
+def test_a_target_that_is_met_but_for_rounding_says_so():
+    groups = [{"before": 3, "after": 2}, {"before": 5, "after": 3}]
+    said = str(Goal("--channels 50%", "units", 0.5).of_plan({"groups": groups}))
+    assert said.endswith("at most 4 of 8 units asked for, 5 left: reached as nearly as whole units allow.")
+    said = str(Goal("--macs 50%", "macs", 0.5).of_plan({"macs": (1000, 501)}))
+    assert said.endswith("501 left: reached to within 2%.")
+
+
 def test_a_target_that_is_there_already(espalier):
-    refused(espalier("prune", "project.py", "--size", "3kB"), "bytes of coded weights already", "Ask for less")
+    refused(espalier("prune", "project.py", "--size", "3kB"), "bytes of weights already", "Ask for less.")
+    said = refused(espalier("prune", "project.py", "--size", "40%"), "of the original (fp32 safetensors)")
+    share = next(word for word in said.split() if word.endswith("%") and word != "40%:")
+    assert espalier("prune", "project.py", "--size", share, "--dry-run")[0] == 0
     refused(espalier("prune", "project.py", "--parameters", "20k"), "the model has 1,210 parameters already")
 
 
@@ -486,6 +530,19 @@ def test_steps_that_have_no_plan_say_what_to_do(espalier):
     refused(espalier(*dry, "--pattern", "layers"), "pattern layers decides while it works", "without --dry-run")
     moving = ("--criterion", "movement", "--epochs", "2", "--schedule", "linear")
     refused(espalier(*dry, *moving), "--dry-run does not train", "movement", "without --dry-run")
+    dry = ("prune", "project.py", "--channels", "50%", "--dry-run")
+    refused(espalier(*dry, *moving), "--dry-run does not train", "movement", "without --dry-run")
+    code, out, _ = espalier(*dry, "--epochs", "2", "--schedule", "linear")
+    assert code == 0
+    assert "with --epochs the choice is made while they train" in " ".join(out.split())
+
+
+def test_a_schedule_with_an_end_of_its_own(espalier):
+    rounds = ("--schedule", "listed", "--epochs", "3")
+    for what in ("--channels", "--sparsity", "--size"):
+        said = refused(espalier("prune", "project.py", what, "50%", *rounds), "--schedule listed ends where 90.0%")
+        assert f"whatever {what} 50% asks for" in said
+    assert espalier("prune", "project.py", "--sparsity", "90%", *rounds, "--dry-run")[0] == 0
 
 
 def test_a_plan_without_anything_to_do_says_so(espalier):

@@ -18,9 +18,10 @@ from espalier.core.selection import select
 from espalier.core.task import Task, classification
 from espalier.data import standard
 from espalier.prune import NM, OBS, Global, Prune, Weights
-from espalier.prune.obs import as_matrix, columns, damped, eliminate, exact, from_matrix, refit, solvable, sparsegpt
+from espalier.prune.obs import as_matrix, damped, eliminate, exact, from_matrix, refit, solvable, sparsegpt
 from espalier.testing import effective
 from espalier.train import Finetune
+from espalier.train.layers import columns
 
 DIGITS = standard("digits")
 FORMS = ("exact", "sparsegpt")

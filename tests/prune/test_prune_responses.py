@@ -14,9 +14,9 @@ from espalier.core.errors import DataError, ModelError, NumericError
 from espalier.core.selection import select
 from espalier.core.task import Task
 from espalier.prune import MeanWeight, Scale
-from espalier.train.looking import Against, samples
 from espalier.prune.responses import averages, stream, unit_rows
 from espalier.testing import EXAMPLES, fingerprint
+from espalier.train.looking import Against, samples
 
 Told = dict[str, list[tuple[Tensor, Tensor | None]]]
 

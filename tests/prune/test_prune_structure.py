@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tests.train.conftest import StoredContext
@@ -271,11 +272,15 @@ def test_the_floor_is_a_share_of_the_start(scope: Scope) -> None:
 
 
 def test_what_is_down_to_one_unit_still_counts() -> None:
-    step = Prune(pattern=Channels(normalise=False), scope=Global(), sparsity=0.7, lr=1e-5)
-    for rounds in (step, step.replace(sparsity=None, schedule=Listed(values=(0.4, 0.55, 0.7)), epochs=3)):
-        context = Context(task=task())
-        assert widths(rounds.transform(cnn(), context)) == [5, 1]
-        assert context.record.details["measure"]["after"] == 6
+    pattern = Channels()
+    step = Prune(pattern=pattern, scope=Global(), sparsity=0.7)
+    removal = Removal.of(step, pattern, cnn(), Context(task=task()))
+    (name,) = (group.name for group in removal.candidates() if group.size == 12)
+    removal.take({name: np.arange(12) < 11})
+    assert (widths(removal.model), removal.left()) == ([8, 1], 9)
+    removal.take(removal.choose(0.7, removal.scores()))
+    assert (widths(removal.model), removal.left()) == ([5, 1], 6)
+    assert removal.report()["measure"]["before"] == 20
 
 
 def test_a_target_out_of_reach_is_noted_once() -> None:

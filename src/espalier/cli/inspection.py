@@ -18,8 +18,12 @@ if TYPE_CHECKING:
     from espalier.core.task import Task
 
 
-def describe(project: Project) -> dict[str, Any]:
-    """Layers, counts, MACs, fp32 length and the metric on val of a project's model."""
+def describe(project: Project, quantization: str | None = None, out: Path | None = None) -> dict[str, Any]:
+    """Layers, counts, MACs, fp32 length and the metric on val of a project's model.
+
+    ``quantization``: bits (``4``, or ``4/8`` with those of the inputs) at which each layer's sensitivity is measured;
+    an analysis that is stopped goes on in the folder ``out``.
+    """
     from espalier.core.parametrize import slots
     from espalier.measure import fp32_safetensors_bytes
     from espalier.runs.summary import readable_bytes
@@ -56,7 +60,37 @@ def describe(project: Project) -> dict[str, Any]:
         metric, score = task.scorer(), task.measure(model, "val", model)
         found["metric"] = {"name": metric.name, "unit": metric.unit, "split": "val", **vars(score)}
         lines.append(f"{metric.name} on val: {score} {metric.unit} ({score.count} samples)")
+    if quantization is not None:
+        found["quantization"] = measured = sensitivity(project, quantization, out)
+        rows = {row["name"]: row for row in measured["layers"]}
+        for layer in layers:
+            layer["quantization"] = rows.get(layer["name"])
+        lines.append(
+            f"{measured['metric']} on {measured['split']} with all layers in {quantization} bits: "
+            f"{measured['all']:.2f} {measured['unit']}"
+        )
     return {**found, "summary": lines}
+
+
+def sensitivity(project: Project, quantization: str, out: Path | None) -> dict[str, Any]:
+    """The metric with each layer alone quantized and with all but it, as plain data. Raises ``UsageError``."""
+    from espalier.core.context import Context
+    from espalier.quantize import AffineInput, Quantize
+    from espalier.quantize.analysis import analyse
+    from espalier.runs.checkpoint import EpochFile
+
+    weights, slash, inputs = quantization.partition("/")
+    if not weights.isdigit() or (slash and not inputs.isdigit()):
+        raise UsageError(
+            f"--quantization {quantization!r} is not understood: write bits of the weights, as in 4, or of weights and "
+            "inputs, as in 4/8."
+        )
+    step = Quantize(bits=int(weights), ends="same")
+    if slash:
+        step = step.replace(activations=AffineInput(), activation_bits=int(inputs))
+    context = Context(task=project.task, models={"original": project.model})
+    store = EpochFile(out / "quantization.part") if out is not None else None
+    return analyse(project.model, context, step, store=store)
 
 
 def _macs(model: nn.Module, task: Task) -> tuple[dict[str, int], int | None]:
@@ -86,13 +120,16 @@ def table(found: dict[str, Any]) -> Table:
         ("parameters", "right"),
         ("zeros", "right"),
         ("MACs", "right"),
+        *((("it alone quantized", "right"), ("all but it", "right")) if "quantization" in found else ()),
     ):
-        view.add_column(column, justify=side)  # type: ignore[arg-type]
+        view.add_column(column, justify="right" if side == "right" else "left")
     for layer in found["layers"]:
         zeros = 1 - layer["nonzero"] / max(1, layer["parameters"])
         macs = f"{layer['macs']:,}" if layer["macs"] else ""
         shape = " x ".join(map(str, layer["shape"])) or "scalar"
-        view.add_row(layer["name"], layer["type"], shape, f"{layer['parameters']:,}", f"{zeros:.1%}", macs)
+        row = layer.get("quantization")
+        cells = (f"{row['on']:.2f}", f"{row['off']:.2f}") if row else ()
+        view.add_row(layer["name"], layer["type"], shape, f"{layer['parameters']:,}", f"{zeros:.1%}", macs, *cells)
     return view
 
 

@@ -133,14 +133,24 @@ def demo(
 
 
 @app.command()
-def inspect(project: ProjectFile, data_dir: DataDir = None, as_json: Json = False) -> None:
+def inspect(
+    project: ProjectFile,
+    quantization: Annotated[
+        str | None, typer.Option(help="Also measure each layer's sensitivity at so many bits: 4, or 4/8 with inputs.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder where a stopped sensitivity analysis goes on.")] = Path(
+        "runs/sensitivity"
+    ),
+    data_dir: DataDir = None,
+    as_json: Json = False,
+) -> None:
     """Show a model's layers: shapes, parameters, MACs, what a file of it weighs, and its metric on val."""
     prepare(data_dir, None)
     from espalier.cli.inspection import describe, table
     from espalier.cli.project import load_project
 
     with warnings_as_sentences():
-        found = describe(load_project(project))
+        found = describe(load_project(project), quantization, out)
     if as_json:
         emit(found)
         return
