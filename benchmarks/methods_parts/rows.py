@@ -223,7 +223,7 @@ def _quantize(s: Setting) -> Iterator[Row]:
     for method, bits in plain:
         step = q.Quantize(weights=method, bits=bits, epochs=s.longer)
         yield Row(id=method.name, what=f"weights in {bits} bits, ends in 8, while training", steps=(step,))
-    for solver in (q.Gptq(batches=4), q.AdaRound(iterations=500)):
+    for solver in (q.GPTQ(batches=4), q.AdaRound(iterations=500)):
         step = q.Quantize(weights=solver, bits=3)
         yield Row(id=solver.name, what="weights in 3 bits, ends in 8, no training", steps=(step,))
     yield Row(id="quantize.half", what="fp16, no training", steps=(q.Quantize(weights=q.Half()),))
@@ -267,7 +267,7 @@ def _quantize(s: Setting) -> Iterator[Row]:
     eight = q.Quantize(activations=q.AffineInput())
     yield Row(id="quantize.smoothquant", what="then 8 bits, no training", steps=(q.SmoothQuant(), eight),
               network="transformer")  # fmt: skip
-    yield Row(id="quantize.ptq-int8", what="no training", steps=(q.PtqInt8(),), network="conv")
+    yield Row(id="quantize.ptq-int8", what="no training", steps=(q.PTQInt8(),), network="conv")
     yield Row(id="quantize.mixed-bits", what="4 bits on average, no training", steps=(q.MixedBits(budget=4.0),),
               network="conv")  # fmt: skip
 

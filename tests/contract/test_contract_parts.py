@@ -20,6 +20,7 @@ from espalier.core.fields import Range
 from espalier.core.method import Method, Technique, fields_of, parse_card
 from espalier.core.recipe import FileOptions, Recipe
 from espalier.prune import Global, Linear, Units
+from espalier.quantize import AffineInput
 from espalier.testing import EXAMPLES, bits, frozen_copy, outputs, shortened
 
 fill_registry()
@@ -42,7 +43,7 @@ def carriers(part: type[Method]) -> Iterator[Technique]:
     """Every technique with this part in a field that takes it, training where it can; also parts of its parts."""
     for technique in METHODS:
         if issubclass(technique, Technique):
-            yield from (shortened(made) for made in _carrying(technique, part(), ()) if isinstance(made, Technique))
+            yield from (shortened(made, 2) for made in _carrying(technique, part(), ()) if isinstance(made, Technique))
 
 
 def _carrying(cls: type[Method], part: Method, inside: tuple[type[Method], ...]) -> Iterator[Method]:
@@ -59,7 +60,9 @@ def _carrying(cls: type[Method], part: Method, inside: tuple[type[Method], ...])
             yield fitting(cls, {field.name: given, **training})
 
 
-COMPANIONS: tuple[dict[str, Method], ...] = ({}, {"pattern": Units()}, {"scope": Global()}, {"schedule": Linear()})
+COMPANIONS: tuple[dict[str, Any], ...] = (
+    {}, {"pattern": Units()}, {"scope": Global()}, {"schedule": Linear()}, {"activations": AffineInput(), "epochs": 2},
+)  # fmt: skip
 """What a part may need beside it where it does not go with a technique's defaults; they say so themselves."""
 
 
@@ -67,7 +70,7 @@ def fitting(cls: type[Method], fields: dict[str, Any]) -> Method:
     """``cls`` with ``fields`` and the first companions they go with."""
     for companions in COMPANIONS:
         try:
-            return cls(**{**companions, **fields})
+            return cls(**{**companions, **fields, **{k: v for k, v in companions.items() if k == "epochs"}})
         except UsageError as error:
             refusal = error
     raise refusal

@@ -236,3 +236,39 @@ def test_a_forged_plan_is_refused(change, task):
     edit = QuantizeInput.of("4", AffineInput(), 8, signed=False).to_json() | change
     with pytest.raises((Corrupt, UsageError)):
         Plan.from_json([edit]).apply(network())
+
+
+def test_a_model_that_rounds_its_inputs_is_exported(task, tmp_path):
+    pytest.importorskip("onnxruntime")
+    from espalier import deploy
+
+    result = Quantize(activations=AffineInput(), activation_bits=4, ends="same", bits=8)(network(), Context(task=task))
+    done = deploy.to_onnx(result, task, tmp_path / "model.onnx", runtime="onnxruntime")
+    file = deploy.open(done.path).module()
+    value, wanted = task.measure(file, "val").value, task.measure(result, "val").value
+    assert abs(value - wanted) <= 1.5
+
+
+class Encoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.head = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), nn.Linear(16, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.head(self.encoder(x).mean(1))
+        return out
+
+
+def test_torchs_fused_transformer_layer_does_not_pass_the_quantizers_by():
+    torch.manual_seed(0)
+    x = torch.randn(16, 6, 16)
+    data = [(x, torch.randint(0, 4, (16,)))]
+    step = Quantize(activations=AffineInput(), activation_bits=2, ends="same", bits=8)
+    result = step(Encoder().eval(), Context(task=classification(data, data)))
+    with torch.no_grad():
+        fast = result(x)
+        torch.backends.mha.set_fastpath_enabled(value=False)
+        try:
+            assert torch.equal(result(x), fast)
+        finally:
+            torch.backends.mha.set_fastpath_enabled(value=True)

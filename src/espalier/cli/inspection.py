@@ -67,7 +67,7 @@ def describe(project: Project, quantization: str | None = None, out: Path | None
             layer["quantization"] = rows.get(layer["name"])
         lines.append(
             f"{measured['metric']} on {measured['split']} with all layers in {quantization} bits: "
-            f"{measured['all']:.2f} {measured['unit']}"
+            f"{measured['all']:.2f} {measured['unit']} (one on: that layer alone; one off: all but that layer)"
         )
     return {**found, "summary": lines}
 
@@ -120,7 +120,7 @@ def table(found: dict[str, Any]) -> Table:
         ("parameters", "right"),
         ("zeros", "right"),
         ("MACs", "right"),
-        *((("it alone quantized", "right"), ("all but it", "right")) if "quantization" in found else ()),
+        *((("one on", "right"), ("one off", "right")) if "quantization" in found else ()),
     ):
         view.add_column(column, justify="right" if side == "right" else "left")
     for layer in found["layers"]:

@@ -154,11 +154,17 @@ def _run(layer: nn.Module, x: Any, *rest: Any, **named: Any) -> Any:
     return quantizer.method.run(layer, lambda value: forward(value, *rest, **named), x, quantizer.view())
 
 
+def _seen(_: nn.Module, __: Any) -> None:
+    """A hook that does nothing: torch's fused transformer layers call no sublayer's ``forward`` where none has hooks."""
+
+
 def put_quantizer(layer: nn.Module, quantizer: QuantizedInput | None) -> None:
     """Let the layer's input go through ``quantizer``; None takes the one there is away."""
     if quantizer is None:
         layer._modules.pop(NAME, None)
         vars(layer).pop("forward", None)
+        for key in [key for key, hook in layer._forward_pre_hooks.items() if hook is _seen]:
+            del layer._forward_pre_hooks[key]
         return
     if "forward" in vars(layer) and quantized_input(layer) is None:
         raise ModelError(
@@ -167,6 +173,8 @@ def put_quantizer(layer: nn.Module, quantizer: QuantizedInput | None) -> None:
         )
     layer.add_module(NAME, quantizer.train(layer.training))
     vars(layer)["forward"] = partial(_run, layer)
+    if _seen not in layer._forward_pre_hooks.values():
+        layer.register_forward_pre_hook(_seen)
 
 
 @register_edit

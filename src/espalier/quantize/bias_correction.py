@@ -24,11 +24,11 @@ from espalier.core.method import Technique
 from espalier.core.parametrize import Slot, slots
 from espalier.core.quantized import QuantizedWeight, WeightQuantizer
 from espalier.quantize.gptq import MATRICES
-from espalier.train.quantizers import quantized
 from espalier.quantize.parts import LayerSolver
 from espalier.quantize.wiring import Layer, Wiring, moments
 from espalier.train.layers import as_matrix, columns, in_order, owners
 from espalier.train.looking import batches, looking
+from espalier.train.quantizers import quantized
 
 TRANSPARENT = ("dropout", "flatten", "fake_quantize")
 """Between a norm and a layer: what leaves the mean of a channel as it is, or nearly so."""

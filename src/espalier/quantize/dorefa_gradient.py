@@ -22,4 +22,5 @@ def dorefa_gradient(gradient: Tensor, bits: int, generator: torch.Generator, *, 
     last = 2**bits - 1
     scaled = flat / (2 * torch.where(largest > 0, largest, 1)) + 0.5
     codes = torch.round(scaled * last + noise(flat, generator) - 0.5).clamp(0, last)
-    return (2 * largest * (codes / last - 0.5)).reshape(gradient.shape).to(gradient.dtype)
+    found: Tensor = 2 * largest * (codes / last - 0.5)
+    return found.reshape(gradient.shape).to(gradient.dtype)

@@ -5,8 +5,10 @@ Paper    Zhou et al. 2016, arXiv:1606.06160, section 2.5 (dorefa); Wu et al. 201
 Formula  dL/dy <- Q_e(dL/dy) at the output y of every layer, scaled sample by sample:
          dorefa 2 m (q_k(e / 2m + 1/2 + N) - 1/2);   wage s clip(d round(e / (s d)));   terngrad s sign(e) b;
          sign sign(e) mean|e|
-Departs  TernGrad and signSGD are about weight gradients; here they also stand for errors in 2 and 1 bit. Inside a
-         recurrent layer errors flow in floating point from step to step; those that come to its output are quantized.
+Departs  TernGrad and signSGD are about weight gradients; here they also stand for errors in 2 and 1 bit. Signs are only
+         taken on request: the errors of a softmax are many small ones and a large one of the other sign, whose signs
+         point all classes the same way. Inside a recurrent layer errors flow in floating point from step to step; those
+         that come to its output are quantized.
 """
 
 from __future__ import annotations
@@ -23,12 +25,13 @@ from espalier.quantize.wage import wage_error
 
 @dataclass(frozen=True, kw_only=True)
 class ErrorQuantization(FormedGradient):
-    """``form``: how; ``auto`` goes by the bits, sign for 1, TernGrad for 2, else DoReFa.
+    """``form``: how; ``auto`` goes by the bits, TernGrad for 2, else DoReFa: signs alone are no error to learn by.
 
     ``clip``: TernGrad's bound in standard deviations. ``scaled``: signs keep the mean size.
     """
 
     id: ClassVar[str] = "error-quantization"
+    one_bit: ClassVar[str] = "dorefa"
 
     def wage(self, gradient: Tensor, bits: int, generator: torch.Generator, *, samples: bool) -> Tensor:
         return wage_error(gradient, bits, samples=samples)

@@ -72,8 +72,10 @@ def solve_columns(
         for j in range(start, end):
             if group is not None and ranges is not None and j % group == 0:
                 last = min(n, j + group)
-                now = goal[j:last] + upper[start:j, j:last].T @ error[start:j]
-                scale[:, j // group], zero[:, j // group] = ranges(now.T)
+                moved = goal[j:last] - w[j:last] + upper[start:j, j:last].T @ error[start:j]
+                within = upper[j:last, j:last].T  # what the columns of the group would take over from each other
+                moved = torch.linalg.solve_triangular(within, moved, upper=False, unitriangular=True)
+                scale[:, j // group], zero[:, j // group] = ranges((w[j:last] + moved).T)
                 scales[j // group], zeros[j // group] = (
                     scale[:, j // group].to(w.dtype),
                     zero[:, j // group].to(w.dtype),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -27,11 +27,12 @@ WIDTHS: Mapping[str, tuple[int, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class FormedGradient(GradientQuantizer):
-    """``form``: how; ``auto`` goes by the bits, sign for 1, TernGrad for 2, else DoReFa.
+    """``form``: how; ``auto`` goes by the bits: ``one_bit`` for 1, TernGrad for 2, else DoReFa.
 
     ``clip``: TernGrad's bound in standard deviations. ``scaled``: signs keep the mean size.
     """
 
+    one_bit: ClassVar[str] = "sign"
     form: Literal["auto", "dorefa", "terngrad", "sign", "wage"] = "auto"
     clip: Positive | None = 2.5
     scaled: bool = True
@@ -42,7 +43,7 @@ class FormedGradient(GradientQuantizer):
 
     def chosen(self, bits: int) -> str:
         """The form that is used for ``bits`` bits."""
-        return self.form if self.form != "auto" else {1: "sign", 2: "terngrad"}.get(bits, "dorefa")
+        return self.form if self.form != "auto" else {1: self.one_bit, 2: "terngrad"}.get(bits, "dorefa")
 
     def quantize(self, gradient: Tensor, bits: int, generator: torch.Generator, *, samples: bool) -> Tensor:
         if not gradient.numel():

@@ -29,6 +29,7 @@ from espalier.core.model import copy_model, device_of, evaluating
 from espalier.quantize.parts import Scheme, Stage
 from espalier.quantize.places import LAYERS
 from espalier.train import SGD, Optimizer
+from espalier.train.looking import batches, looking
 from espalier.train.optimizer import trainable
 
 if TYPE_CHECKING:
@@ -42,13 +43,31 @@ def hint(full: Sequence[Tensor], low: Sequence[Tensor]) -> Tensor:
 
 def layers_of(model: nn.Module) -> list[str]:
     """Paths of the layers whose outputs can be compared, in the model's order."""
-    return [path for path, module in model.named_modules() if isinstance(module, LAYERS) and path]
+    return [path for path, module in model.named_modules() if isinstance(module, LAYERS)]
 
 
-def default_layers(model: nn.Module) -> tuple[str, ...]:
-    """The layer in the middle and the one before the last; the only one where there is no other."""
-    paths = layers_of(model)
-    return tuple(dict.fromkeys((paths[(len(paths) - 1) // 2], paths[max(0, len(paths) - 2)]))) if paths else ()
+def default_layers(model: nn.Module, context: Context) -> tuple[str, ...]:
+    """Of the layers that one batch comes to, in that order, the middle one and the one before the last."""
+    calls: dict[str, None] = {}
+    modules = dict(model.named_modules())
+    with ExitStack() as stack:
+        for path in layers_of(model):
+            note = partial(_note, calls, path)
+            stack.callback(modules[path].register_forward_pre_hook(note).remove)
+        stack.enter_context(looking(model, context, grad=False))
+        for batch in batches(model, context, 1, "order of the layers"):
+            context.data.predict(model, batch)
+    paths = list(calls)
+    if not paths:
+        raise ModelError(
+            f"guided compares the outputs of layers, and {type(model).__name__} calls none of its layers as a module. "
+            "Leave the scheme out."
+        )
+    return tuple(dict.fromkeys((paths[(len(paths) - 1) // 2], paths[max(0, len(paths) - 2)])))
+
+
+def _note(calls: dict[str, None], path: str, *_: Any) -> None:
+    calls.setdefault(path)
 
 
 @contextmanager
@@ -86,7 +105,7 @@ class Guided(Scheme):
     def callback(self, model: nn.Module, context: Context) -> Callback:
         """The full-precision network at ``model``'s side. Raises ``UnknownNameError``, ``ModelError``."""
         original = context.model("original")
-        layers = self.layers or default_layers(model)
+        layers = self.layers or default_layers(model, context)
         for path in layers:
             for network in (model, original):
                 paths = layers_of(network)

@@ -5,9 +5,9 @@ Paper    Nagel, Fournarakis, Amjad, Bondarenko, van Baalen, Blankevoort. A White
 Formula  fold: w <- w gamma / sigma, b <- (b - mu) gamma / sigma + beta;   [equalise];   q_w symmetric per channel, q_x
          asymmetric per tensor, 8 bits;   b <- b - (W^ - W) E[x];   without data: min_x sum_l |mean_l(x) - mu_l|^2 +
          |std_l(x) - sigma_l|^2 over the batch norms
-Departs  Bias correction takes the place of AdaRound, which is a weight quantizer of its own. Without data and without
-         batch norms the inputs are standard normal numbers. The network is calibrated on them in either case, and the
-         record says data-free.
+Departs  Bias correction takes the place of AdaRound, which is a weight quantizer of its own. Without data the inputs
+         are standard normal numbers; fitting them to the batch norms is an option, as it is slow and gave no better
+         ranges on the networks it was tried on. The record says data-free.
 """
 
 from __future__ import annotations
@@ -54,8 +54,9 @@ class Call(NamedTuple):
 class PTQInt8(Technique):
     """Static int8 of weights and inputs without training. ``observer``: from the inputs seen to their ranges.
 
-    ``batches`` of train data are looked at; without any, as many of ``samples`` inputs are made in ``steps`` of Adam,
-    and the step is marked data-free. ``equalise``, ``correct``: null leaves them out.
+    ``batches`` of train data are looked at; without any, as many of ``samples`` standard normal inputs are made, moved
+    towards the statistics of the batch norms in ``steps`` of Adam, and the step is marked data-free. ``equalise``,
+    ``correct``: null leaves them out.
     """
 
     id: ClassVar[str] = "ptq-int8"
@@ -65,7 +66,7 @@ class PTQInt8(Technique):
     layers: tuple[str, ...] = ("*",)
     batches: Batches = 8
     samples: Group = 32
-    steps: Count = 200
+    steps: Count = 0
 
     @property
     def needs(self) -> frozenset[str]:

@@ -59,6 +59,18 @@ class Sensitivity:
 
 
 @dataclass(frozen=True)
+class QuantizationSensitivity:
+    """A metric with one layer alone quantized and with all but it: (layer, its bits in words, on, off)."""
+
+    label: str
+    full: float
+    everything: float
+    unit: str
+    higher: bool
+    layers: tuple[tuple[str, str, float, float], ...]
+
+
+@dataclass(frozen=True)
 class Skipped:
     """Layers a step left alone for one reason."""
 
@@ -92,6 +104,7 @@ class Step:
     curves: tuple[Curve, ...]
     per_layer: tuple[PerLayer, ...]
     sensitivity: Sensitivity | None = None
+    quantization: QuantizationSensitivity | None = None
 
 
 def steps(given: Any, metric: str, unit: str, *, higher: bool) -> tuple[Step, ...]:
@@ -120,6 +133,7 @@ def _step(item: Mapping[str, Any], metric: str, unit: str, *, higher: bool) -> S
         curves=_curves(at(item, "details", "history"), metric, unit),
         per_layer=_per_layer(item.get("details")),
         sensitivity=_sensitivity(at(item, "details", "sensitivity")),
+        quantization=_quantization(at(item, "details", "quantization sensitivity")),
     )
 
 
@@ -236,7 +250,8 @@ def _per_layer(details: Any) -> tuple[PerLayer, ...]:
         span = low if low == high else f"{low} to {high}"
         text = f"{span} over {units.plural(len(values), 'layer')}"
         found.append(PerLayer(key, text, tuple((name, show(n)) for name, n in values)))
-    return tuple(found + _codebooks(at(details, "codebooks")) + _groups(details) + _protected(at(details, "protected")))
+    found += _codebooks(at(details, "codebooks")) + _groups(details) + _protected(at(details, "protected"))
+    return tuple(found + _mixed(at(details, "mixed bits")))
 
 
 def _groups(details: Any) -> list[PerLayer]:
@@ -277,6 +292,38 @@ def _sensitivity(given: Any) -> Sensitivity | None:
     return Sensitivity(
         label, levels, full, _string(at(given, "unit")), at(given, "higher_is_better") is not False, tuple(groups)
     )
+
+
+def _quantization(given: Any) -> QuantizationSensitivity | None:
+    layers = []
+    for layer in objects(at(given, "layers")):
+        on, off = number(layer.get("on")), number(layer.get("off"))
+        widths = [(number(layer.get("bits")), "weight"), (number(layer.get("input_bits")), "input")]
+        words = ", ".join(f"{what} {units.plural(int(n), 'bit')}" for n, what in widths if n is not None)
+        if on is not None and off is not None:
+            layers.append((_string(layer.get("name")), words, float(on), float(off)))
+    full, everything = number(at(given, "full")), number(at(given, "all"))
+    if full is None or everything is None or not layers:
+        return None
+    label = f"{_string(at(given, 'metric'))} on {_string(at(given, 'split'))}"
+    higher = at(given, "higher_is_better") is not False
+    return QuantizationSensitivity(label, full, everything, _string(at(given, "unit")), higher, tuple(layers))
+
+
+def _mixed(given: Any) -> list[PerLayer]:
+    """The bits chosen for every layer, with what they cost in bytes and in the measure of sensitivity."""
+    entries = []
+    for layer in objects(at(given, "layers")):
+        bits, size, value = (number(layer.get(key)) for key in ("bits", "bytes", "sensitivity"))
+        if bits is None or size is None or value is None:
+            continue
+        words = f"{units.plural(int(bits), 'bit')}, {units.size(size)}, {_string(at(given, 'by'))} {value:.3g}"
+        entries.append((_string(layer.get("layer")), words))
+    used, budget = number(at(given, "used")), number(at(given, "budget"))
+    if not entries or used is None or budget is None:
+        return []
+    text = f"{used:,.4g} of {budget:,.4g} {_string(at(given, 'measure'))} in {units.plural(len(entries), 'layer')}"
+    return [PerLayer("mixed bits", text, tuple(entries))]
 
 
 def _codebooks(given: Any) -> list[PerLayer]:

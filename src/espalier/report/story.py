@@ -6,7 +6,7 @@ from espalier.report import units
 from espalier.report.charts import curve, strip
 from espalier.report.info import Info
 from espalier.report.markup import Markup, el
-from espalier.report.steps import PerLayer, Sensitivity, Step
+from espalier.report.steps import PerLayer, QuantizationSensitivity, Sensitivity, Step
 from espalier.report.tables import MAX_ROWS, table
 
 OPEN_STEPS = 40
@@ -40,6 +40,7 @@ def _step(step: Step) -> Markup:
         el("ul", notes) if notes else None,
         el("div", map(curve, step.curves), class_="curves") if step.curves else None,
         _sensitivity(step.sensitivity) if step.sensitivity else None,
+        _quantization(step.quantization) if step.quantization else None,
         map(_per_layer, step.per_layer),
         class_=f"step d{step.depth}",
     )
@@ -85,3 +86,18 @@ def _sensitivity(found: Sensitivity) -> Markup:
     head = el("thead", el("tr", (el("th", text, class_=css, scope="col") for text, css in heads)))
     lead = f"Sensitivity: {found.label}, {units.value(found.full, found.unit)} with all units. Darker loses more."
     return el("div", el("p", lead, class_="quiet"), el("table", head, el("tbody", rows)), class_="scroll")
+
+
+def _quantization(found: QuantizationSensitivity) -> Markup:
+    """Layer by layer, most sensitive first: its bits, the metric with it alone quantized, and with all but it."""
+    ranked = sorted(found.layers, key=lambda layer: (layer[2], -layer[3]), reverse=not found.higher)
+    rows = [
+        [el("span", name, class_="name"), bits, units.value(on, found.unit), units.value(off, found.unit)]
+        for name, bits, on, off in ranked[:MAX_ROWS]
+    ]
+    lead = (
+        f"Quantization sensitivity: {found.label}, {units.value(found.full, found.unit)} with no layer quantized and "
+        f"{units.value(found.everything, found.unit)} with all of them."
+    )
+    heads = ["layer", "bits", "it alone quantized", "all but it quantized"]
+    return el("div", el("p", lead, class_="quiet"), table(heads, rows, numbers=(2, 3)), class_="scroll")
