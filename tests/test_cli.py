@@ -668,3 +668,65 @@ def test_ctrl_c_says_how_to_go_on_and_keeps_the_record(folder):
     assert b"--resume" in said
     assert b"Traceback" not in said
     assert json.loads((folder / "run" / "record.json").read_text())["status"] == "interrupted"
+
+
+QUANTIZED = ("quantize", "project.py", "--weights", "twn", "--bits", "2", "--activations", "affine-input")
+
+
+def test_quantize_covers_trains_and_says_so(espalier, folder):
+    code, out, _ = espalier(*QUANTIZED, "--activation-bits", "4", "--epochs", "2", "--out", "runs/q")
+    assert code == 0
+    assert "covered 2 of 2 layers" in out
+    assert "100.0 % of the multiply-adds; 2 inputs" in out
+    record = json.loads((folder / "runs" / "q" / "record.json").read_text())
+    found = record["steps"][-1]["details"]["coverage"]
+    assert found["weights"]["1.weight"] == {"method": "quantize.affine", "bits": 8, "parameters": 1024}
+    assert found["inputs"]["3"]["bits"] == 8
+    assert "inputs quantized" in (folder / "runs" / "q" / "report.html").read_text()
+
+
+def test_quantize_takes_parts_with_fields_and_bits_by_layer(espalier, folder):
+    code, out, error = espalier(
+        "quantize", "project.py", "--weights", "{twn: {solution: exact}}", "--ends", "same", "--out", "runs/q", "--json"
+    )
+    assert code == 0, error
+    step = json.loads(out)["recipe"]["recipe"]["steps"][0]["quantize.quantize"]
+    assert step["weights"]["twn"]["solution"] == "exact"
+    code, out, error = espalier(
+        "quantize", "project.py", "--bits", '{"1": 3, "3": 5}', "--ends", "same", "--out", "runs/r", "--json"
+    )
+    assert code == 0, error
+    found = json.loads(out)["steps"][-1]["details"]["coverage"]["weights"]
+    assert [row["bits"] for row in found.values()] == [3, 5]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--weights", "tern"), ("tern", "Did you mean", "ternary")),
+        (("--weights", "ttq", "--bits", "4"), ("bits=4", "ttq can do 2")),
+        (("--bits", "40"), ("bits=40",)),
+        (("--weights", "{twn: "), ("not understood",)),
+        (("--int8", "--bits", "4"), ("--int8", "--bits")),
+        (("--runtime", "openvino"), ("--runtime", "--int8")),
+        (("--gradients", "gradient-quantization"), ("epochs",)),
+        (("--scheme", "two-stage", "--epochs", "1"), ("two-stage", "activations")),
+        (("--layers", "nowhere"), ("nowhere",)),
+    ],
+)
+def test_quantize_says_what_is_wrong(espalier, folder, options, words):
+    refused(espalier("quantize", "project.py", *options), *words)
+    assert not (folder / "runs").exists() or not list((folder / "runs").rglob("*.espalier"))
+
+
+@pytest.mark.slow
+def test_quantize_int8_writes_runs_and_times_a_file(espalier, folder):
+    pytest.importorskip("onnxruntime")
+    code, out, error = espalier("quantize", "project.py", "--int8", "--runtime", "onnxruntime", "--out", "runs/8")
+    assert code == 0, error
+    assert (folder / "runs" / "8" / "model.int8.onnx").is_file()
+    for words in ("2 of 2 layers in int8", "onnxruntime, int8", "onnxruntime, fp32", "accuracy on val"):
+        assert words in out
+    code, out, error = espalier("export", "runs/8", "--to", "int8", "--runtime", "tensorrt", "--out", "again.onnx")
+    assert code == 0, error
+    assert "tensorrt was not run" in out

@@ -143,5 +143,6 @@ def covered(record: dict[str, Any]) -> list[str]:
         return []
     detail = found[-1]["details"]["coverage"]
     layers, share, inputs = detail["layers"], 100 * detail["parameters"], len(detail["inputs"])
-    said = [f"covered {layers} layers, {share:.1f} % of the parameters; {inputs} inputs"]
+    macs = f" and {100 * detail['macs']:.1f} % of the multiply-adds" if detail.get("macs") is not None else ""
+    said = [f"covered {layers} layers, {share:.1f} % of the parameters{macs}; {inputs} inputs"]
     return said + [f"left    {row['name']}: {row['reason']}" for row in found[-1].get("skipped", ())]

@@ -5,22 +5,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from espalier.core.context import Context
-from espalier.core.errors import UsageError
+from espalier.core.errors import EspalierError, UsageError
 from espalier.core.inputs import quantized_inputs
-from espalier.core.parametrize import slots
+from espalier.core.parametrize import plain, slots
 from espalier.core.quantized import QuantizedWeight
 from espalier.core.selection import weights
+from espalier.core.task import capture_call, to_device
+from espalier.graph import macs, trace
 from espalier.quantize.places import Place
 
 
 def coverage(model: nn.Module, places: Sequence[Place], context: Context) -> dict[str, Any]:
     """Plain data: bits of each weight and input, and the shares. Raises ``UsageError`` where nothing was quantized.
 
-    ``parameters``: the share of all parameters whose weight is on a grid; ``layers``: of the weights of two dimensions
-    or more. Layers that were left out stand among the step's skipped ones.
+    ``parameters``: the share of all parameters whose weight is on a grid; ``macs``: the share of the multiply-adds of
+    such weights, None where the model cannot be traced; ``layers``: of the weights of two dimensions or more. Layers
+    that were left out stand among the step's skipped ones.
     """
     found = slots(model)
     rows = {
@@ -41,4 +45,17 @@ def coverage(model: nn.Module, places: Sequence[Place], context: Context) -> dic
         "inputs": inputs,
         "layers": f"{len(rows)} of {weights(model).count}",
         "parameters": covered / max(1, total),
+        "macs": _share_of_macs(model, set(rows), context),
     }
+
+
+def _share_of_macs(model: nn.Module, names: set[str], context: Context) -> float | None:
+    if context.task is None:
+        return None
+    bare = plain(model).cpu().eval()
+    try:
+        args, kwargs = capture_call(context.task, bare, to_device(context.task.example(), torch.device("cpu")))
+        counted = macs(trace(bare, args, kwargs))
+    except (EspalierError, RuntimeError):
+        return None
+    return sum(count for name, count in counted.tensors.items() if name in names) / max(1, counted.total)

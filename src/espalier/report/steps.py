@@ -251,7 +251,25 @@ def _per_layer(details: Any) -> tuple[PerLayer, ...]:
         text = f"{span} over {units.plural(len(values), 'layer')}"
         found.append(PerLayer(key, text, tuple((name, show(n)) for name, n in values)))
     found += _codebooks(at(details, "codebooks")) + _groups(details) + _protected(at(details, "protected"))
-    return tuple(found + _mixed(at(details, "mixed bits")))
+    return tuple(found + _mixed(at(details, "mixed bits")) + _coverage(at(details, "coverage")))
+
+
+def _coverage(given: Any) -> list[PerLayer]:
+    """What is quantized, by what and in how many bits: weights with their share, and inputs."""
+    found = []
+    for key in ("weights", "inputs"):
+        entries = [
+            (units.printable(name), f"{_string(at(item, 'method')).rpartition('.')[2]}, {units.plural(int(n), 'bit')}")
+            for name, item in _items(at(given, key)) if (n := number(at(item, "bits"))) is not None
+        ]  # fmt: skip
+        share, macs = number(at(given, "parameters")), number(at(given, "macs"))
+        text = units.plural(len(entries), "layer")
+        if key == "weights" and share is not None:
+            text = f"{_string(at(given, 'layers'))} layers, {units.percent(share)} of the parameters"
+            text += f" and {units.percent(macs)} of the multiply-adds" if macs is not None else ""
+        if entries:
+            found.append(PerLayer(f"{key} quantized", text, tuple(entries)))
+    return found
 
 
 def _groups(details: Any) -> list[PerLayer]:
