@@ -1,4 +1,4 @@
-"""The results of the pruning benchmarks as tables: docs/benchmarks.md is written from here by ``make docs``.
+"""The results of the benchmarks as tables: docs/benchmarks.md is written from here by ``make docs``.
 
 Nothing is measured here; a benchmark without rows names its command.
 """
@@ -201,6 +201,68 @@ def causality() -> list[str]:
     return table(head, body) if body else ["Not measured yet: `make bench NAME=causality`."]
 
 
+def lowbit(network: str) -> list[str]:
+    """Test error by method, the difference to fp32 seed by seed, and the published figure in a column of its own."""
+    found = [row for row in rows("lowbit") if row["setting"]["network"] == network]
+    modes = {row["setting"]["mode"] for row in found}
+    mode = "full" if "full" in modes else "quick"
+    found = [row for row in found if row["setting"]["mode"] == mode]
+    if not found:
+        return [f'Not measured yet: `make bench NAME=lowbit ARGS="--network {network}"`.']
+    base = {row["seed"]: row["measured"]["test_error"] for row in found if row["id"].startswith("fp32,")}
+    many: dict[str, list[Row]] = {}
+    for row in found:
+        many.setdefault(row["id"], []).append(row)
+    body = []
+    for label, group in many.items():
+        name, bits = label.rsplit(", ", 1)
+        errors = [row["measured"]["test_error"] for row in group]
+        drops = [row["measured"]["test_error"] - base[row["seed"]] for row in group if row["seed"] in base]
+        claimed = group[0]["claimed"]
+        body.append([
+            name, bits, "" if group[0]["setting"]["trained"] else "no", spread(errors), signed(drops),
+            f"{mean(row['measured']['bytes'] for row in group):,.0f}",
+            f"{mean(row['measured']['cpu_seconds'] for row in group):.1f}",
+            f"{claimed['test_error']:.2f} ({claimed['source']})" if claimed else "",
+        ])  # fmt: skip
+    setting = found[0]["setting"]
+    said = (
+        f"{setting['images']:,} training images, {setting['epochs']} epochs from the trained network, "
+        f"{setting['judged']:,} test images, {len({row['seed'] for row in found})} seeds; {mode} form."
+    )
+    head = ["method", "W/A bits", "trained", "test error %", "over fp32, paired", "bytes", "CPU s", "published error %"]
+    return [said, "", *table(head, body)]
+
+
+def signed(values: list[float]) -> str:
+    """The mean difference, with its standard error over seeds."""
+    if len(values) < 2:
+        return f"{values[0]:+.2f}" if values else ""
+    return f"{mean(values):+.2f} ± {stdev(values) / len(values) ** 0.5:.2f}"
+
+
+def popcount() -> list[str]:
+    """Binary layers beside fp32 and int8."""
+    found = rows("popcount") or rows("popcount_quick")
+    body = [[row["row"], *(f"{value:.3f}" for value in _milliseconds(row["measured"]).values())] for row in found]
+    head = ["layer, threads", *(_milliseconds(found[0]["measured"]) if found else ())]
+    return table(head, body) if body else ["Not measured yet: `make bench NAME=popcount`."]
+
+
+def _milliseconds(measured: Row) -> dict[str, float]:
+    """Medians by what was timed."""
+    return {name: float(value) for name, value in measured.get("ms", {}).items()}
+
+
+def gptq() -> list[str]:
+    """Loss after rounding, and seconds for one large layer."""
+    body = [
+        [row["row"], row["id"], ", ".join(f"{key} {value}" for key, value in row["measured"].items())]
+        for row in (rows("gptq_quick") + rows("gptq"))
+    ]
+    return table(["what", "method", "measured"], body) if body else ["Not measured yet: `make bench NAME=gptq`."]
+
+
 Section = tuple[str, str, Callable[[], list[str]]]
 
 ZOO = """\
@@ -211,8 +273,13 @@ and pruning, MB the peak memory of the process, medians over what succeeds."""
 QUICK = """\
 One seed and a short fine-tuning: a comparison of criteria under equal conditions, no statement about what a long
 training recovers."""
+LOWBIT = """\
+Every quantizer from the same trained network, for the same epochs with the same optimizer; first and last layer in 8
+bits. Bytes are the length of the re-loaded file the error is of. Published figures are of long trainings from
+scratch."""
 CAUSALITY = """\
-Units removed by intervention against the network's own predictions; magnitude and random take as many of each group."""
+Units removed by intervention against the network's own predictions; magnitude and random take as many of each
+group."""
 SPARSE = "One matrix product with zeros, in runtimes that have kernels for them, beside the dense product."
 
 SECTIONS: tuple[Section, ...] = (
@@ -227,12 +294,16 @@ SECTIONS: tuple[Section, ...] = (
     ("Kernels for zeros (`sparse_kernels`)", SPARSE, sparse),
     ("Single weights (`unstructured`)", "Every criterion that scores weights, and random.", unstructured),
     ("Causality (`causality`)", CAUSALITY, causality),
+    ("Few bits, LeNet-5 on MNIST (`lowbit`)", LOWBIT, lambda: lowbit("lenet5")),
+    ("Few bits, ResNet-20 on CIFAR-10 (`lowbit --network resnet20`)", LOWBIT, lambda: lowbit("resnet20")),
+    ("Rounding with error feedback (`gptq`)", "All layers in 4 bits, no training.", gptq),
+    ("Binary layers by XNOR and popcount (`popcount`)", "Median milliseconds, batch 1, fp32 in and out.", popcount),
 )
 
 
 def page() -> str:
     """The whole page."""
-    lines = ["# Pruning benchmarks", "", "Generated by `make docs` from benchmarks/results. Run one again with"]
+    lines = ["# Benchmarks", "", "Generated by `make docs` from benchmarks/results. Run one again with"]
     lines += ["`make bench NAME=...`; every row in the files holds its setting, seed, date and machine.", ""]
     for title, about, body in SECTIONS:
         lines += [f"## {title}", "", about, "", *body(), ""]

@@ -111,10 +111,10 @@ def to_openvino(
 
 def to_safetensors(model: nn.Module, path: str | Path) -> Exported:
     """Write the plain model's state, dense, to a safetensors file and check it bit for bit."""
-    target = _target(path, ".safetensors")
-    with _staged(target) as staged:
+    target = checked_target(path, ".safetensors")
+    with staged_beside(target) as staged:
         write_safetensors(plain(model).cpu(), staged)
-        sizes = _lengths(staged.parent)
+        sizes = lengths(staged.parent)
     return Exported(target, "safetensors", sizes)
 
 
@@ -125,7 +125,7 @@ def _export(
     kind: str, model: nn.Module, example: Any, path: str | Path, runtime: str | Sequence[str] | None,
     tolerance: float, external: bool | None, progress: Tell | None,
 ) -> Exported:  # fmt: skip
-    target = _target(path, KINDS[kind])
+    target = checked_target(path, KINDS[kind])
     chosen = _runtimes(kind, runtime)
     need(f"the {'ONNX' if kind == 'onnx' else 'OpenVINO'} export", "onnx", "onnxscript", *chosen)
     tell = progress or (lambda *_: None)
@@ -133,11 +133,11 @@ def _export(
     tell("export", 0, total)
     bare = plain(model).cpu().eval()
     call = example_call(bare, example)
-    _check_floats(bare, call)
-    result = _reference(bare, call)
+    check_floats(bare, call)
+    result = reference_result(bare, call)
     signature = signature_of(bare, *call, result)
     checks: list[Check] = []
-    with _staged(target) as staged:
+    with staged_beside(target) as staged:
         first = staged if kind == "onnx" else staged.with_suffix(".onnx")
         free, notes = write_onnx(bare, signature, signature.bind(*call), first, external=external)
         tell("export", 1, total)
@@ -151,7 +151,7 @@ def _export(
             session = runtimes.open(staged, name)
             checks += check(_judge(model, bare), session, call, batches=batches, tolerance=tolerance)
             del session  # some systems do not move a file that is open
-        sizes = _lengths(staged.parent)
+        sizes = lengths(staged.parent)
     tell("export", total, total)
     return Exported(
         target, kind, sizes, tuple(checks), tolerance, free, signature.inputs, signature.outputs, OPSET, tuple(notes)
@@ -197,14 +197,16 @@ def _runner_call(model: Runner) -> Call:
     return args, kwargs
 
 
-def _check_floats(model: nn.Module, call: Call) -> None:
+def check_floats(model: nn.Module, call: Call) -> None:
+    """Raises ``ModelError`` for floats narrower than fp32."""
     narrow = sorted({str(t.dtype).removeprefix("torch.") for t in (*model.parameters(), *tensors_in(call))
                      if t.is_floating_point() and t.dtype.itemsize < 4})  # fmt: skip
     if narrow:
         raise ModelError(f"the export is fp32; this model or its example is {', '.join(narrow)}. Call model.float().")
 
 
-def _reference(model: nn.Module, call: Call) -> Any:
+def reference_result(model: nn.Module, call: Call) -> Any:
+    """What ``model`` gives for ``call``. Raises ``ModelError`` with its own reason where it does not run."""
     try:
         with evaluating(model):
             return model(*call[0], **call[1])
@@ -229,7 +231,8 @@ def _runtimes(kind: str, asked: str | Sequence[str] | None) -> list[str]:
     return names
 
 
-def _target(path: str | Path, suffix: str) -> Path:
+def checked_target(path: str | Path, suffix: str) -> Path:
+    """``path``, which must end in ``suffix``. Raises ``UsageError``."""
     target = Path(path)
     if target.suffix != suffix:
         raise UsageError(f"the file must end in {suffix}; got {target.name!r}.")
@@ -237,7 +240,7 @@ def _target(path: str | Path, suffix: str) -> Path:
 
 
 @contextmanager
-def _staged(target: Path) -> Iterator[Path]:
+def staged_beside(target: Path) -> Iterator[Path]:
     """A path of the same name in a folder beside; all that stands there is moved into place at a good end."""
     with written_to(target):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -249,5 +252,6 @@ def _staged(target: Path) -> Iterator[Path]:
                 os.replace(file, target.parent / file.name)  # noqa: PTH105 - the atomic call, by its name
 
 
-def _lengths(folder: Path) -> dict[str, int]:
+def lengths(folder: Path) -> dict[str, int]:
+    """Every file of a folder with its length in bytes."""
     return {file.name: file.stat().st_size for file in sorted(folder.iterdir())}

@@ -107,11 +107,11 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """softmax(q k^T / sqrt(d) + mask) v over the last two dimensions."""
+    """softmax((q / sqrt(d)) k^T + mask) v over the last two dimensions; the smallest tensor is scaled."""
     if enable_gqa:
         times = query.shape[-3] // key.shape[-3]
         key, value = key.repeat_interleave(times, -3), value.repeat_interleave(times, -3)
-    found = query @ key.transpose(-2, -1) * (scale if scale is not None else query.shape[-1] ** -0.5)
+    found = query * (scale if scale is not None else query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
     if is_causal:
         seen = torch.ones(found.shape[-2:], dtype=torch.bool, device=found.device).tril()
         found = found.masked_fill(~seen, -torch.inf)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,10 +80,12 @@ class OnnxRuntime(Session):
 
     runtime = "onnxruntime"
 
-    def __init__(self, path: Path, threads: int) -> None:
+    def __init__(self, path: Path, threads: int, *, fused: bool = True) -> None:
         super().__init__(threads)
         (ort,) = need("running a file in onnxruntime", "onnxruntime")
         options = ort.SessionOptions()
+        if not fused:
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
         options.log_severity_level = 3
         options.add_session_config_entry("session.force_spinning_stop", "1")
@@ -101,11 +103,11 @@ class OnnxRuntime(Session):
 
 
 class OpenVINO(Session):
-    """OpenVINO on the CPU, computing in fp32 (by itself it would choose bf16 where the processor has it)."""
+    """OpenVINO on the CPU, computing in fp32 unless told (by itself it chooses bf16 where the processor has it)."""
 
     runtime = "openvino"
 
-    def __init__(self, path: Path, threads: int) -> None:
+    def __init__(self, path: Path, threads: int, precision: str = "fp32") -> None:
         super().__init__(threads)
         (ov,) = need("running a file in OpenVINO", "openvino")
         core = ov.Core()
@@ -113,8 +115,10 @@ class OpenVINO(Session):
             model = core.read_model(str(path))
         config = {
             "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": "1", "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_PRECISION_HINT": "f32",
+            "INFERENCE_PRECISION_HINT": _HINTS[precision],
         }  # fmt: skip
+        if precision == "auto":
+            del config["INFERENCE_PRECISION_HINT"]
         stored = None
         if model.has_rt_info(["espalier", "signature"]):
             stored = str(model.get_rt_info(["espalier", "signature"]).value)
@@ -167,21 +171,32 @@ def _signature(stored: str | None, inputs: Sequence[str], outputs: Sequence[str]
     return unnamed(inputs, outputs) if stored is None else Signature.from_json(stored)
 
 
-_OPENERS: Mapping[str, Callable[[Path, int], Session]] = {"onnxruntime": OnnxRuntime, "openvino": OpenVINO}
-RUNTIMES = (*_OPENERS, "torch")
+_HINTS = {"fp32": "f32", "bf16": "bf16", "auto": "dynamic"}
+PRECISIONS = tuple(_HINTS)
 SUFFIXES = {"onnxruntime": (".onnx",), "openvino": (".xml", ".onnx")}
+RUNTIMES = (*SUFFIXES, "torch")
 
 
-def open(source: str | Path | nn.Module, runtime: str | None = None, *, threads: int = 1) -> Session:  # noqa: A001
+def simulation(path: Path) -> Session:
+    """``path`` (``.onnx``) in onnxruntime with no fusion: every QuantizeLinear and operator as it is written."""
+    return OnnxRuntime(path, 1, fused=False)
+
+
+def open(  # noqa: A001
+    source: str | Path | nn.Module, runtime: str | None = None, *, threads: int = 1, precision: str = "fp32"
+) -> Session:
     """Load an exported file (for ``torch``: a module) into a runtime.
 
     By default ``.onnx`` opens in onnxruntime, ``.xml`` in OpenVINO and a module in torch. ``threads`` is what one
-    call may use. Raises ``UsageError`` for an unknown runtime or a file it does not read, ``NeedError`` where the
-    package is missing, ``ModelError`` where the runtime refuses the file.
+    call may use. ``precision``: of what the file holds in floating point: ``fp32``; in OpenVINO also ``bf16`` (needs
+    no calibration) and ``auto``, its own choice for this processor. Int8 layers stay int8. Raises ``UsageError`` for
+    an unknown runtime or precision or a file it does not read, ``NeedError`` where the package is missing,
+    ``ModelError`` where the runtime refuses the file.
     """
     if isinstance(source, nn.Module):
         if runtime not in (None, "torch"):
             raise UsageError(f"{runtime} runs files; export the module first: deploy.to_onnx(model, example, path).")
+        _check_precision("torch", precision)
         return TorchSession(source, threads)
     path = Path(source)
     runtime = runtime or ("openvino" if path.suffix == ".xml" else "onnxruntime")
@@ -195,15 +210,26 @@ def open(source: str | Path | nn.Module, runtime: str | None = None, *, threads:
         raise RunError(f"there is no file {path}.")
     if path.suffix not in SUFFIXES[runtime]:
         raise UsageError(f"{runtime} reads {' and '.join(SUFFIXES[runtime])} files; got {path.name}.")
+    _check_precision(runtime, precision)
     need(f"running a file in {runtime}", runtime)
     try:
-        return _OPENERS[runtime](path, threads)
+        return OpenVINO(path, threads, precision) if runtime == "openvino" else OnnxRuntime(path, threads)
     except (RuntimeError, ValueError, TypeError, KeyError) as error:
         raise ModelError(f"{runtime} does not read {path}: {first_line(error)} Export the model again.") from error
     except Exception as error:
         if type(error).__module__.startswith("onnxruntime"):
             raise ModelError(f"{runtime} does not read {path}: {first_line(error)} Export the model again.") from error
         raise
+
+
+def _check_precision(runtime: str, precision: str) -> None:
+    if precision not in PRECISIONS:
+        raise UsageError(f"there is no precision {precision!r}.{did_you_mean(precision, PRECISIONS)}")
+    if precision != "fp32" and runtime != "openvino":
+        raise UsageError(
+            f"{runtime} computes an fp32 file in fp32; {precision} is OpenVINO's: open(path, 'openvino', "
+            f"precision={precision!r})."
+        )
 
 
 def first_line(error: BaseException) -> str:
