@@ -22,10 +22,10 @@ from espalier.core.errors import UsageError
 from espalier.core.parametrize import slots
 from espalier.core.quantized import QuantizedWeight
 from espalier.core.task import Task
-from espalier.train.quantizers import QuantizerHooks
 from espalier.quantize.lr_net import LrNet, likeliest, logits, moments, probabilities, spread_of
 from espalier.quantize.quantize import Quantize, put
 from espalier.testing.compare import bits
+from espalier.train.quantizers import QuantizerHooks
 
 
 def test_start_by_the_papers_formula() -> None:

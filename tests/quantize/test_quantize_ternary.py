@@ -14,11 +14,11 @@ from espalier.core.parametrize import slots
 from espalier.core.quantized import QuantizedWeight
 from espalier.core.task import classification
 from espalier.quantize import AffineInput, Quantize
-from espalier.train.quantizers import QuantizerHooks
 from espalier.quantize.quantize import put
 from espalier.quantize.ternary import Ternary, fixed_scale
 from espalier.quantize.ternary_bernoulli import TernaryBernoulli, bernoulli_codes, power_of_two
 from espalier.train import SGD, Constant
+from espalier.train.quantizers import QuantizerHooks
 
 VECTORS = [(torch.randn(8, 6, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 3)]
 

@@ -155,7 +155,7 @@ def _run(layer: nn.Module, x: Any, *rest: Any, **named: Any) -> Any:
 
 
 def _seen(_: nn.Module, __: Any) -> None:
-    """A hook that does nothing: torch's fused transformer layers call no sublayer's ``forward`` where none has hooks."""
+    """A hook that does nothing: without one, torch's fused transformer layers call no sublayer's ``forward``."""
 
 
 def put_quantizer(layer: nn.Module, quantizer: QuantizedInput | None) -> None:

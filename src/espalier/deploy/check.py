@@ -95,8 +95,8 @@ def check(
 ) -> list[Check]:
     """Compare ``session`` with ``model`` on ``call`` as it is and cut or repeated to each of ``batches``.
 
-    Batches that the model itself refuses are left out. Outputs of a model that rounds its activations may differ by more
-    where their SQNR is ``ROUNDED_DB`` or more. Raises ``ModelError`` naming the output that differs by more
+    Batches that the model itself refuses are left out. Outputs of a model that rounds its activations may differ by
+    more where their SQNR is ``ROUNDED_DB`` or more. Raises ``ModelError`` naming the output that differs by more
     than ``tolerance`` (relative to its largest value), with both shapes.
     """
     found = []
