@@ -27,6 +27,7 @@ from espalier.core.plan import Plan, applied
 from espalier.core.recipe import FileOptions
 from espalier.core.representation import Dense, Representation
 from espalier.core.task import Task, capture_call, to_device
+from espalier.deploy.check import ROUNDED_DB, rounds, sqnr
 from espalier.graph import Runner, dumps, loads, trace
 
 LARGEST_WEIGHED = 5_000_000
@@ -181,12 +182,19 @@ def _replayed(plan: Plan, model: nn.Module, path: str | Path) -> nn.Module:
         ) from error
 
 
-def outputs_agree(first: nn.Module, second: nn.Module, task: Task) -> float:
-    """Largest absolute difference of the two models' first output tensor on the example batch, relative to its size."""
+def disagreement(first: nn.Module, second: nn.Module, task: Task, allowed: float) -> float:
+    """How far the two models' first output tensors are apart on the example batch, relative; 0.0 where they agree.
+
+    Models that round their activations may break ties apart, each a whole step: they agree where the SQNR is
+    ``ROUNDED_DB`` or more.
+    """
     batch = task.example()
     with evaluating(first), evaluating(second):
         a, b = first_tensor(task.predict(first, batch)), first_tensor(task.predict(second, batch))
-    return float((a - b).abs().max() / b.abs().max().clamp_min(1e-30)) if a.numel() else 0.0
+    far = float((a - b).abs().max() / b.abs().max().clamp_min(1e-30)) if a.numel() else 0.0
+    if far <= allowed or (rounds(second) and sqnr(a, b) >= ROUNDED_DB):
+        return 0.0
+    return far
 
 
 @dataclass
@@ -230,8 +238,8 @@ def write_files(model: nn.Module, original: nn.Module, context: Context, options
 
 def _check_written(model: nn.Module, written: Written, task: Task) -> None:
     """Raise ``Corrupt`` unless the re-loaded model computes what the model did before it was frozen."""
-    difference = outputs_agree(written.model, plain(copy_model(model)).cpu(), task)
-    if not difference <= AGREE[written.floats]:
+    difference = disagreement(written.model, plain(copy_model(model)).cpu(), task, AGREE[written.floats])
+    if difference:
         raise Corrupt(
             f"the re-loaded file and the model it was written from disagree by {difference:.2g} (relative). Please "
             "report the model and the recipe; the checkpoint of the last step holds the model."
@@ -253,8 +261,8 @@ def _write_both(
     model = load(folder / SELF_CONTAINED) if frozen.graph is not None else filled
     task, scores = context.task, {}
     if task is not None and frozen.graph is not None:
-        difference = outputs_agree(model, filled, task)
-        if not difference <= AGREE["fp32"]:
+        difference = disagreement(model, filled, task, AGREE["fp32"])
+        if difference:
             raise Corrupt(
                 f"the two re-loaded files disagree by {difference:.2g} (relative); the graph of this model is not "
                 "reproduced faithfully. Please report the model; meanwhile use model.weights.espalier with into=."
