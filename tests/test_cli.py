@@ -730,3 +730,19 @@ def test_quantize_int8_writes_runs_and_times_a_file(espalier, folder):
     code, out, error = espalier("export", "runs/8", "--to", "int8", "--runtime", "tensorrt", "--out", "again.onnx")
     assert code == 0, error
     assert "tensorrt was not run" in out
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--activation-bits", "4"), ("activation_bits has no say without activations",)),
+        (("--gradient-bits", "4", "--epochs", "1"), ("gradient_bits has no say without gradients",)),
+        (("--weights", "xnor"), ("no weight quantizer is called 'xnor'",)),
+        (("--weights", "{twn: {solutio: exact}}"), ("solutio", "solution")),
+        (("--int8", "--runtime", "openvin"), ("openvin", "Did you mean 'openvino'")),
+        (("--keep-fp32", "fc"), ("--keep-fp32", "--int8")),
+    ],
+)
+def test_quantize_refuses_what_would_have_no_say(espalier, folder, options, words):
+    refused(espalier("quantize", "project.py", *options), *words)
+    assert not (folder / "runs").exists()

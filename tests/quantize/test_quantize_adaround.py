@@ -29,6 +29,7 @@ from espalier.quantize.adaround import (
     start_of,
 )
 from espalier.quantize.grid import Grid
+from espalier.quantize.mse import Mse
 from espalier.testing.compare import bits, frozen_copy, outputs
 
 FAST = AdaRound(iterations=300, lr=2e-2)
@@ -172,3 +173,12 @@ def test_bad_input():
     task = Task(train=[(torch.full((4, 6), math.nan), torch.arange(4) % 3)])
     with pytest.raises(NumericError, match="NaN"):
         Quantize(weights=FAST, bits=4)(nn.Sequential(nn.Linear(6, 3)), Context(task=task))
+
+
+def test_the_bias_gets_no_gradient_and_the_range_is_that_of_least_error():
+    layer = nn.Linear(3, 1)
+    x, w = torch.rand(8, 3), torch.rand(1, 3)
+    grid = Grid(torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.int32), -3, 3)
+    FAST.replace(iterations=2).learn(layer, w, grid, None, x, run(layer, x, w), False, torch.Generator().manual_seed(0))
+    assert layer.bias.grad is None
+    assert AdaRound().observer == Mse()

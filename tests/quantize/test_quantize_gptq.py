@@ -73,7 +73,7 @@ def test_a_group_takes_its_scale_from_the_weights_as_they_are_when_it_is_reached
     assert upper is not None
     scale, zero = torch.ones(6, 4), torch.zeros(6, 4)
 
-    def ranges(values: Tensor) -> tuple[Tensor, Tensor]:
+    def ranges(values: Tensor, _: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return grid_for(values.amin(1), values.amax(1), 3, symmetric=True)
 
     solved = solve_columns(w, upper, scale, zero, (-3, 3), group=group, ranges=ranges, block=5)
@@ -169,3 +169,20 @@ def test_other_dtypes(dtype):
     task = Task(train=[(x, torch.arange(32) % 3)], val=[(x, torch.arange(32) % 3)])
     done = Quantize(weights=GPTQ(), bits=3)(model, Context(task=task))
     assert bits(outputs(done, task)) == bits(outputs(frozen_copy(done), task))
+
+
+def test_pruned_weights_do_not_widen_the_range_of_their_group():
+    w, hessian, _ = problem()
+    kept = torch.rand(6, 30, generator=torch.Generator().manual_seed(4)) < 0.5
+    seen = []
+
+    def ranges(values: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
+        seen.append(present.clone())
+        return GPTQ(per="group", group=10)._ranges(3)(values, present)
+
+    upper = unit_upper(hessian)
+    scale, zero = torch.ones(6, 3), torch.zeros(6, 3, dtype=torch.int32)
+    solve_columns(w * kept, upper, scale, zero, (-3, 3), kept=kept, group=10, ranges=ranges)
+    assert torch.equal(torch.cat(seen, 1), kept)
+    values, present = torch.tensor([[0.3, -9.0, 0.6]]), torch.tensor([[True, False, True]])
+    assert float(GPTQ()._ranges(3)(values, present)[0]) == pytest.approx(0.2)

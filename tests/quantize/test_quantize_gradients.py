@@ -131,7 +131,7 @@ def test_the_form_fits_the_bits():
     assert [GradientQuantization().chosen(bits) for bits in (1, 2, 3, 16)] == ["sign", "terngrad", "dorefa", "dorefa"]
     assert [ErrorQuantization().chosen(bits) for bits in (1, 2, 3)] == ["dorefa", "terngrad", "dorefa"]
     with pytest.raises(UsageError, match=r"gradient_bits=8: gradient-quantization can do 2"):
-        Quantize(gradients=GradientQuantization(form="terngrad"), epochs=1)
+        Quantize(gradients=GradientQuantization(form="terngrad"), gradient_bits=8, epochs=1)
     with pytest.raises(UsageError, match=r"error_bits=1: error-quantization can do 2, 3"):
         Quantize(errors=ErrorQuantization(form="wage"), error_bits=1, epochs=1)
 

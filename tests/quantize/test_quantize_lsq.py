@@ -155,3 +155,18 @@ def test_a_step_that_went_below_zero_comes_back():
 def test_one_bit_is_refused():
     with pytest.raises(UsageError, match="lsq can do 2"):
         Quantize(weights=LSQ(), bits=1)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_plus_starts_at_the_smallest_error_on_values_far_from_zero(sign):
+    values = torch.cat([torch.linspace(2, 3, 4000), torch.tensor([9.0])]) * sign
+    state = LSQInput(plus=True).start(observed(values), 3, signed=sign < 0)
+    scale, offset = (float(state[name].detach()) for name in ("scale", "offset"))
+
+    def error(step: float, start: float) -> float:
+        codes = torch.round((values - start) / step).clamp(0, 7)
+        return float((codes * step + start - values).square().sum())
+
+    tried = [7 * f / 7 for f in torch.linspace(0.05, 1, 96).tolist()]
+    least = min(error(step, 2.0 if sign > 0 else -2 - 7 * step) for step in tried)
+    assert error(scale, offset) <= least * 1.05

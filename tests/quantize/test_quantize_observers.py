@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from espalier.core.errors import UsageError
-from espalier.quantize.affine import Affine
+from espalier.core.inputs import Observed, QuantizedInput
+from espalier.quantize.affine import Affine, AffineInput
 from espalier.quantize.ema import Ema
 from espalier.quantize.entropy import Entropy, clip, divergences, histograms
 from espalier.quantize.mse import Mse, squared_error
@@ -169,3 +170,32 @@ def test_bad_observers_are_refused():
         Mse(candidates=0)
     with pytest.raises(UsageError, match="decay"):
         Ema(decay=1.5)
+
+
+@pytest.mark.parametrize("per", ["tensor", "channel", "group"])
+def test_pruned_weights_and_the_gap_of_the_last_group_are_not_observed(per):
+    generator = torch.Generator().manual_seed(2)
+    weight, kept = torch.randn(6, 50, generator=generator), torch.rand(6, 50, generator=generator) < 0.2
+    weight, kept[5] = weight * kept, False
+    observer = Percentile(share=0.7)
+    method = Affine(observer=observer, per=per, group=20, symmetric=False)
+    found = method.start(weight, 8, 0, kept)["scale"].reshape(-1)
+    parts = {"tensor": [(weight, kept)], "channel": list(zip(weight, kept, strict=True))}.get(per) or [
+        (weight[row, n : n + 20], kept[row, n : n + 20]) for row in range(6) for n in (0, 20, 40)
+    ]
+    for scale, (values, present) in zip(found, parts, strict=True):
+        if present.any():
+            row = values[present][None]
+            low, high = observer.range(row, extremes_of(row), 8, symmetric=False)
+            assert float(scale) == pytest.approx(float(high.clamp_min(0) - low.clamp_max(0)) / 255 or 1.0)
+        else:
+            assert float(scale) == 1
+
+
+@pytest.mark.parametrize(("low", "high"), [(-1.0, 0.5), (-0.5, 1.0)])
+def test_one_bit_of_a_symmetric_input_has_zero_among_its_codes(low, high):
+    values = torch.tensor([low, 0.0, high])
+    quantizer = QuantizedInput(AffineInput(symmetric=True), 1, Observed(values, values[[0, 2]][None]), signed=True)
+    assert int(quantizer.state["zero"]) in (0, 1)
+    assert float(quantizer(torch.zeros(1))) == 0
+    assert len(quantizer(torch.linspace(-2, 2, 99)).unique()) == 2

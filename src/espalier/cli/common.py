@@ -18,6 +18,9 @@ ProjectFile = Annotated[Path, typer.Argument(help="Python file with model() and 
 File = Annotated[Path, typer.Argument(help="An .espalier file.")]
 Threads = Annotated[int | None, typer.Option(help="torch threads; results repeat for equal threads.", min=1)]
 Layers = Annotated[list[str] | None, typer.Option(help="Layers by name, type:Conv2d or #0; repeat for more.")]
+KeepFp32 = Annotated[
+    list[str] | None, typer.Option(help="Of int8: layers or activations by name that stay in fp32; repeat for more.")
+]
 Part = Annotated[str | None, typer.Option(help="Of a transformer: heads, width, feed-forward or hidden alone.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")]
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from espalier.core.errors import NeedError, UsageError
+from espalier.core.errors import NeedError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
     from torch import nn
@@ -28,31 +28,42 @@ def export_int8(
     runtime: str | None,
     *,
     threads: int = 1,
+    keep_fp32: Sequence[str] = (),
     progress: Tell | None = None,
 ) -> dict[str, Any]:
     """Write, run, compare and time; everything as plain data. ``model``: with its codes, where it has some."""
     from espalier import deploy
-    from espalier.deploy.int8 import PROFILES, to_int8
+    from espalier.deploy.int8 import to_int8
 
     task = project.task
     runtime = runtime or next((name for name in ("openvino", "onnxruntime") if name in deploy.available()), None)
     if runtime is None:
         raise NeedError("the int8 export needs a runtime that runs it: pip install 'espalier[deploy]'.")
-    if runtime not in PROFILES:
-        from espalier.core.errors import did_you_mean
-
-        raise UsageError(f"--runtime {runtime!r} is not one.{did_you_mean(runtime, PROFILES)} "
-                         f"Allowed: {', '.join(PROFILES)}.")  # fmt: skip
+    check_runtime(runtime)
     path = out if out.suffix else out / ("model.int8.xml" if runtime == "openvino" else "model.int8.onnx")
     done = to_int8(
-        model, task, calls(task, model), path, runtime=runtime, reference=project.model, progress=progress,
+        model, task, calls(task, model), path, runtime=runtime, reference=project.model, keep_fp32=tuple(keep_fp32),
+        progress=progress,
     )  # fmt: skip
     found: dict[str, Any] = {"to": "int8", **done.to_json(), "said": str(done.coverage)}
+    if task.train is None:
+        found["notes"] = [*found["notes"], "there is no training data: what has no range yet was calibrated on val"]
     if runtime in deploy.available():
         found["latency"] = timed(project.model, task, done.path, runtime, threads)
         if task.val is not None:
             found["metric"] = measured(project.model, model, task, done.path, runtime, threads)
     return found
+
+
+def check_runtime(runtime: str) -> None:
+    """Raise ``UsageError`` for a runtime that no rules are known of, ``NeedError`` for one that is not installed."""
+    from espalier.deploy.installed import need
+    from espalier.deploy.int8.profile import PROFILES
+
+    if runtime not in PROFILES:
+        raise UsageError(f"--runtime {runtime!r} is not one.{did_you_mean(runtime, PROFILES)}")
+    if runtime != "tensorrt":
+        need(f"an int8 file for {runtime}", runtime)
 
 
 def calls(task: Task, model: nn.Module) -> Iterator[Any]:

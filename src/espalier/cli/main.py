@@ -13,6 +13,7 @@ from espalier.cli.common import (
     DataDir,
     File,
     Json,
+    KeepFp32,
     ProjectFile,
     Resume,
     Threads,
@@ -194,6 +195,7 @@ def export(
     source: Annotated[Path, typer.Argument(help="A run directory, an .espalier file or a project file.")],
     to: Annotated[str, typer.Option(help="onnx, openvino, safetensors, or int8 for a runtime.")] = "onnx",
     runtime: Annotated[str | None, typer.Option(help="Of int8: onnxruntime, openvino or tensorrt.")] = None,
+    keep_fp32: KeepFp32 = None,
     out: Annotated[Path | None, typer.Option(help="The file to write [model.onnx, .xml, .safetensors beside].")] = None,
     project: Annotated[
         Path | None, typer.Option(help="Project file whose task gives example and metric [the run's own].")
@@ -211,7 +213,7 @@ def export(
     with warnings_as_sentences(), shown(quiet=as_json) as listener:
         found = exporting.export(
             source, to, out, project or noted_project(source), threads=threads, tolerance=tolerance, runtime=runtime,
-            progress=telling(listener, "export"),
+            keep_fp32=keep_fp32,            progress=telling(listener, "export"),
         )  # fmt: skip
     if as_json:
         emit(found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +11,7 @@ import typer
 from espalier.cli.common import (
     DataDir,
     Json,
+    KeepFp32,
     Layers,
     ProjectFile,
     Resume,
@@ -35,6 +37,7 @@ def quantize(
         bool, typer.Option("--int8", help="Post-training int8 of the whole network, exported and timed.")
     ] = False,
     runtime: Annotated[str | None, typer.Option(help="With --int8: onnxruntime, openvino or tensorrt.")] = None,
+    keep_fp32: KeepFp32 = None,
     weights: Quantizer = None,
     bits: Width = None,
     activations: Quantizer = None,
@@ -64,9 +67,9 @@ def quantize(
     from espalier import api
     from espalier.cli import int8 as deploying
     from espalier.cli.progress import shown, telling
-    from espalier.cli.project import load_project
+    from espalier.cli.project import load_project, load_result
+    from espalier.core.files import write_atomic
     from espalier.core.recipe import Recipe
-    from espalier.runs import load
 
     api.fill_registry()
     given: dict[str, Any] = {
@@ -77,7 +80,7 @@ def quantize(
     }  # fmt: skip
     fields = {name: value for name, value in given.items() if value is not None}
     with warnings_as_sentences():
-        check_options(fields, runtime, int8=int8)
+        check_options(fields, runtime, int8=int8, keep_fp32=keep_fp32)
         loaded = load_project(project)
         say_if_fresh(out, resume=resume)
         with shown(quiet=as_json) as listener:
@@ -88,12 +91,17 @@ def quantize(
             note_project(out, project)
             exported = None
             if int8:
-                model = load(out / "model.espalier", codes=True)
+                model, _ = load_result(out / "model.espalier", project, codes=True)
                 exported = deploying.export_int8(
-                    model, loaded, out, runtime, threads=threads or 1, progress=telling(listener, "int8")
-                )
+                    model, loaded, out, runtime, keep_fp32=keep_fp32 or (), threads=threads or 1,
+                    progress=telling(listener, "int8"),
+                )  # fmt: skip
+                result.record["int8"] = exported
+                result.record["notes"] = [*result.record["notes"], *deploying.lines(exported)]
+                write_atomic(out / "record.json", json.dumps(result.record, indent=1).encode())
+                api.write_report(out, result.record)
     if as_json:
-        emit(result.record if exported is None else {**result.record, "int8": exported})
+        emit(result.record)
         return
     show_record(result.record, out, as_json=False)
     for line in covered(result.record):
@@ -116,8 +124,16 @@ def read(text: str | None) -> Any:
         ) from error
 
 
-def check_options(fields: dict[str, Any], runtime: str | None, *, int8: bool) -> None:
+def check_options(
+    fields: dict[str, Any], runtime: str | None, *, int8: bool, keep_fp32: list[str] | None = None
+) -> None:
     """Raise ``UsageError`` for options that have no say together."""
+    if keep_fp32 and not int8:
+        raise UsageError("--keep-fp32 names layers that an int8 file leaves in fp32; give --int8 as well.")
+    if runtime is not None:
+        from espalier.cli.int8 import check_runtime
+
+        check_runtime(runtime)
     if runtime is not None and not int8:
         raise UsageError("--runtime says where the int8 file is to run; give --int8 as well.")
     if int8:

@@ -174,15 +174,17 @@ def _resolve(annotation: Any, value: Any) -> Any:
         for arg in args:
             if fits(arg, value):
                 return value
+        refusals = []
         for arg in args:
             try:
                 found = _resolve(arg, value)
-            except UsageError:
-                if arg is args[-1]:
-                    raise
+            except UsageError as error:
+                refusals.append(error)
                 continue
             if fits(arg, found):
                 return found
+        if refusals and isinstance(value, (str, Mapping)):  # a part's own words are the clearest
+            raise refusals[-1]
     return value
 
 

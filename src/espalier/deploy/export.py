@@ -131,7 +131,7 @@ def _export(
     tell = progress or (lambda *_: None)
     total = 2 + len(chosen)
     tell("export", 0, total)
-    bare = plain(model).cpu().eval()
+    bare = plain(model).cpu().eval().requires_grad_(requires_grad=False)
     call = example_call(bare, example)
     check_floats(bare, call)
     result = reference_result(bare, call)

@@ -5,15 +5,16 @@ Paper    Nagel, Amjad, van Baalen, Louizos, Blankevoort. Up or Down? Adaptive Ro
 Formula  w^ = s clip(floor(w / s) + h(V));   h = clip(sigma(V) (zeta - gamma) + gamma, 0, 1), zeta = 1.1, gamma = -0.1;
          min_V || f(W x) - f(W^ x^) ||^2 + lambda sum (1 - |2h - 1|^beta),   f the ReLU that follows, x^ from the layers
          that are solved already
-Departs  beta falls linearly. Where the layer's float weights are not those of the original model (batch norms folded,
-         weights pruned), W x^ is the target in place of W x. Only a ReLU that alone reads the layer's output counts.
-         Of large inputs a random part is kept, 2^27 numbers per layer in all.
+Departs  beta falls linearly. Scales are per channel unless per=tensor, which is the paper's, and of least squared
+         error. Where the layer's float weights are not those of the original model (batch norms folded, weights
+         pruned), W x^ is the target in place of W x. Only a ReLU that alone reads the layer's output counts. Of large
+         inputs a random part is kept, 2^27 numbers per layer in all.
 """
 
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -30,7 +31,8 @@ from espalier.core.quantized import QuantizedWeight
 from espalier.quantize.affine import Affine
 from espalier.quantize.gptq import unsolved
 from espalier.quantize.grid import Grid
-from espalier.quantize.parts import LayerSolver
+from espalier.quantize.mse import Mse
+from espalier.quantize.parts import LayerSolver, Observer
 from espalier.train.layers import owners
 from espalier.train.looking import batches, looking
 
@@ -85,6 +87,7 @@ class AdaRound(Affine, LayerSolver):
     """
 
     id: ClassVar[str] = "adaround"
+    observer: Observer = field(default_factory=Mse)
     iterations: Steps = 10_000
     lr: LearningRate = 1e-3
     regularisation: Penalty = 0.01
@@ -131,7 +134,7 @@ class AdaRound(Affine, LayerSolver):
             if beta is not None:
                 loss = loss + self.regularisation * regulariser(rectified(v), beta, kept)
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward(inputs=[v])  # type: ignore[no-untyped-call]
             optimizer.step()
         solved = hard(weight, v.detach(), grid)
         return (solved if kept is None else torch.where(kept, solved, 0)).to(weight.dtype)

@@ -15,6 +15,7 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from espalier.core.fields import Group
 from espalier.core.inputs import ActivationQuantizer, Input, Observed
@@ -23,6 +24,22 @@ from espalier.core.representation import Representation
 from espalier.quantize.grid import Grid, fake_quantize, grid_for, integer_range, straight_through
 from espalier.quantize.minmax import MinMax
 from espalier.quantize.parts import Observer
+
+
+def range_of(
+    observer: Observer, rows: Tensor, present: Tensor, bits: int, *, symmetric: bool
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """``(low, high)``, both (rows,): what ``observer`` makes of the ``present`` entries of each row; 0 without any."""
+    count = present.sum(1)
+    low, high = torch.zeros_like(rows[:, 0]), torch.zeros_like(rows[:, 0])
+    for number in sorted(set(count.tolist())):  # rows of equally many entries are one call
+        if number:
+            some = count == number
+            values = rows[some][present[some]].reshape(-1, number)
+            extremes = torch.stack(values.aminmax(dim=1), -1)[:, None]
+            found = observer.range(values, extremes, bits, symmetric=symmetric)
+            low[some], high[some] = (end.to(rows.dtype) for end in found)
+    return low, high
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,20 +58,18 @@ class Affine(WeightQuantizer):
         return self.per == "group"
 
     def rows(self, weight: Tensor, axis: int | None) -> Tensor:
-        """The weight as (scales, entries of each)."""
+        """The weight as (scales, entries of each); the last group of a channel is filled up with zeros."""
         if self.per == "tensor" or axis is None:
             return weight.reshape(1, -1)
         rows = by_channel(weight, axis)
         if self.per == "channel" or axis != 0:
             return rows
-        missing = -rows.shape[1] % self.group  # the last group repeats its last entry: same range
-        padded = torch.cat([rows, rows[:, -1:].expand(-1, missing)], 1) if missing else rows
-        return padded.reshape(-1, self.group)
+        return F.pad(rows, (0, -rows.shape[1] % self.group)).reshape(-1, self.group)
 
     def start(self, weight: Tensor, bits: int, axis: int | None, kept: Tensor | None) -> dict[str, Tensor]:
-        rows = self.rows(weight.float(), axis)
-        extremes = torch.stack(rows.aminmax(dim=1), -1)[:, None]
-        low, high = self.observer.range(rows, extremes, bits, symmetric=self.symmetric)
+        present = torch.ones_like(weight, dtype=torch.bool) if kept is None else kept
+        rows, present = self.rows(weight.float(), axis), self.rows(present, axis)
+        low, high = range_of(self.observer, rows, present, bits, symmetric=self.symmetric)
         scale, zero = grid_for(low, high, bits, symmetric=self.symmetric)
         shape = self.shape(weight, axis)
         return {"scale": scale.reshape(shape), "zero": zero.reshape(shape)}
@@ -88,17 +103,17 @@ class Affine(WeightQuantizer):
 
 @dataclass(frozen=True, kw_only=True)
 class AffineInput(ActivationQuantizer):
-    """Inputs on a uniform grid whose range ``observer`` takes from calibration; ``symmetric``: zero point 0."""
+    """Inputs on a uniform grid whose range ``observer`` takes from calibration; ``symmetric``: around zero."""
 
     id: ClassVar[str] = "affine-input"
     symmetric: bool = False
     observer: Observer = field(default_factory=MinMax)
 
     def start(self, observed: Observed, bits: int, *, signed: bool) -> dict[str, Tensor]:
+        centred = self.symmetric and signed and bits > 1  # one bit has no two codes around zero
         rows = observed.sample.float()[None]
         extremes = observed.extremes[None]
-        low, high = self.observer.range(rows, extremes, bits, symmetric=self.symmetric and signed)
-        centred = signed and self.symmetric
+        low, high = self.observer.range(rows, extremes, bits, symmetric=centred)
         scale, zero = grid_for(low, high, bits, symmetric=centred, narrow=False)
         if centred:
             zero = zero + 2 ** (bits - 1)

@@ -138,9 +138,8 @@ class FixedPointInput(ActivationQuantizer):
         return {
             "scale": power(m - (bits - int(signed))),
             "zero": torch.tensor(zero, dtype=torch.int32),
-            "seen": torch.zeros(
-                3, dtype=torch.int64
-            ),  # values, those that overflow, those that would at half the range
+            # values, those that overflow, those that would at half the range
+            "seen": torch.zeros(3, dtype=torch.int64),
         }
 
     def quantize(self, x: Tensor, a: Input) -> Tensor:

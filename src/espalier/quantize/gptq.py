@@ -9,6 +9,7 @@ Departs  The same numbers come without an inverse: with H = R D R^T, R unit uppe
          have become is an error like any other. With act_order the scales of groups are taken from the original
          weights, as groups are of neighbouring inputs; else when the group is reached. Convolutions are solved as
          matrices of patches. An input that was never active keeps its rounded weights (the paper's code clears them).
+         The grid is symmetric, as integer kernels want it; symmetric=false is the paper's.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from espalier.core.errors import NumericError
 from espalier.core.fields import Batches, Fraction, Group
 from espalier.core.parametrize import Slot
 from espalier.core.quantized import QuantizedWeight
-from espalier.quantize.affine import Affine
+from espalier.quantize.affine import Affine, range_of
 from espalier.quantize.grid import grid_for, integer_range
 from espalier.quantize.parts import LayerSolver
 from espalier.train.layers import PIVOT, damped, hessians, owners
@@ -33,8 +34,8 @@ from espalier.train.layers import PIVOT, damped, hessians, owners
 MATRICES = (nn.Linear, nn.Conv1d, nn.Conv2d)
 """Layers that are a matrix of inputs, or of patches, times a matrix of weights."""
 
-Ranges = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""(rows, entries of one group) -> scale and zero, each (rows,)."""
+Ranges = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(rows, entries of one group), and which of them were not pruned -> scale and zero, each (rows,)."""
 
 
 def unit_upper(hessian: Tensor) -> Tensor | None:
@@ -75,7 +76,8 @@ def solve_columns(
                 moved = goal[j:last] - w[j:last] + upper[start:j, j:last].T @ error[start:j]
                 within = upper[j:last, j:last].T  # what the columns of the group would take over from each other
                 moved = torch.linalg.solve_triangular(within, moved, upper=False, unitriangular=True)
-                scale[:, j // group], zero[:, j // group] = ranges((w[j:last] + moved).T)
+                present = torch.ones_like(moved, dtype=torch.bool) if alive is None else alive[j:last]
+                scale[:, j // group], zero[:, j // group] = ranges((w[j:last] + moved).T, present.T)
                 scales[j // group], zeros[j // group] = (
                     scale[:, j // group].to(w.dtype),
                     zero[:, j // group].to(w.dtype),
@@ -163,10 +165,9 @@ class GPTQ(Affine, LayerSolver):
             )
         codes = integer_range(bits, symmetric=self.symmetric, narrow=True)
         if order is None:
-            ranges = self._ranges(bits) if grouped else None
             return solve_columns(
-                w, upper, scale, zero, codes, kept=kept, group=self.group if grouped else None, ranges=ranges,
-                block=self.block,
+                w, upper, scale, zero, codes, kept=kept, group=self.group if grouped else None,
+                ranges=self._ranges(bits) if grouped else None, block=self.block,
             )  # fmt: skip
         if grouped:
             scale, zero = (value.repeat_interleave(self.group, 1)[:, order] for value in (scale, zero))
@@ -175,13 +176,11 @@ class GPTQ(Affine, LayerSolver):
         return torch.empty_like(solved).index_copy_(1, order, solved)
 
     def _ranges(self, bits: int) -> Ranges:
-        def ranges(values: Tensor) -> tuple[Tensor, Tensor]:
-            rows = values.float()
-            extremes = torch.stack(rows.aminmax(dim=1), -1)[:, None]
-            low, high = self.observer.range(rows, extremes, bits, symmetric=self.symmetric)
+        def scales(values: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
+            low, high = range_of(self.observer, values.float(), present, bits, symmetric=self.symmetric)
             return grid_for(low, high, bits, symmetric=self.symmetric)
 
-        return ranges
+        return scales
 
 
 def natural(hessian: Tensor, shape: torch.Size) -> Tensor:

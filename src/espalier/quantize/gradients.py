@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from espalier.core.callback import Callback, Loop
 from espalier.core.parametrize import slots
+from espalier.quantize.parts import default_bits
 from espalier.quantize.places import LAYERS
 
 if TYPE_CHECKING:
@@ -26,6 +27,10 @@ class Gradients(Callback):
 
     def __init__(self, method: Quantize, model: nn.Module) -> None:
         self.method, self.model = method, model
+        self.gradient_bits, self.error_bits = (
+            bits or default_bits(part.widths if part is not None else (8,))
+            for bits, part in ((method.gradient_bits, method.gradients), (method.error_bits, method.errors))
+        )
         self.handles: list[Any] = []
         self.generator = torch.Generator()
 
@@ -56,7 +61,7 @@ class Gradients(Callback):
         assert self.method.errors is not None  # noqa: S101 - only then hooked
         moved = gradient if dim is None else gradient.movedim(dim, 0)
         found = self.method.errors.quantize(
-            moved, self.method.error_bits, self.generator, samples=dim is not None
+            moved, self.error_bits, self.generator, samples=dim is not None
         )  # fmt: skip
         return found if dim is None else found.movedim(0, dim)
 
@@ -73,7 +78,7 @@ class Gradients(Callback):
         for slot in slots(loop.model).values():
             grad = slot.latent.grad
             if grad is not None and grad.ndim >= 2:
-                slot.latent.grad = quantizer.quantize(grad, self.method.gradient_bits, self.generator, samples=False)
+                slot.latent.grad = quantizer.quantize(grad, self.gradient_bits, self.generator, samples=False)
 
 
 def sample_dim(module: nn.Module, output: Tensor) -> int | None:

@@ -131,9 +131,10 @@ class LSQInput(ActivationQuantizer):
     def start(self, observed: Observed, bits: int, *, signed: bool) -> dict[str, Tensor]:
         top, zero = 2**bits - 1, 0
         if self.plus:
-            rows, extremes = observed.sample[None], observed.extremes[None]
+            base = max(observed.low, 0.0) + min(observed.high, 0.0)  # the grid need not hold zero
+            rows, extremes = observed.sample.float()[None] - base, observed.extremes.float()[None] - base
             low, high = Mse().range(rows, extremes, bits, symmetric=False)
-            scale, offset = _usable((high - low) / top)[0], low[0].float()
+            scale, offset = _usable((high - low) / top)[0], low[0] + base
             tensors: dict[str, Tensor] = {"scale": nn.Parameter(scale), "offset": nn.Parameter(offset)}
         else:
             zero = 2 ** (bits - 1) if signed else 0

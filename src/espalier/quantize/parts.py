@@ -64,6 +64,11 @@ class LayerSolver(WeightQuantizer):
         """The weight of ``slot`` on its grid: what :meth:`quantize` then leaves as it is. Earlier layers are solved."""
 
 
+def default_bits(widths: tuple[int, ...]) -> int:
+    """8 where a method can do that, else the most it can."""
+    return 8 if 8 in widths else max(widths)
+
+
 @dataclass(frozen=True)
 class Stage:
     """One training of a scheme. ``width``: no layer has fewer bits in it. ``activations``: whether they are quantized.

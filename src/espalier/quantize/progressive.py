@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from espalier.core.errors import UsageError
 from espalier.core.fields import Bits
-from espalier.quantize.parts import Scheme, Stage
+from espalier.quantize.parts import Scheme, Stage, default_bits
 
 if TYPE_CHECKING:
     from espalier.quantize.quantize import Quantize
@@ -58,8 +58,6 @@ Target = tuple[tuple[int, ...], int]
 
 def asked(method: Quantize) -> list[Target]:
     """The widths a part can do with the bits asked of it, for weights and activations."""
-    from espalier.quantize.quantize import default_bits
-
     found: list[Target] = []
     for part, bits in ((method.weights, method.bits), (method.activations, method.activation_bits)):
         if part is None:

@@ -5,9 +5,10 @@ Paper    Nagel, Fournarakis, Amjad, Bondarenko, van Baalen, Blankevoort. A White
 Formula  fold: w <- w gamma / sigma, b <- (b - mu) gamma / sigma + beta;   [equalise];   q_w symmetric per channel, q_x
          asymmetric per tensor, 8 bits;   b <- b - (W^ - W) E[x];   without data: min_x sum_l |mean_l(x) - mu_l|^2 +
          |std_l(x) - sigma_l|^2 over the batch norms
-Departs  Bias correction takes the place of AdaRound, which is a weight quantizer of its own. Without data the inputs
-         are standard normal numbers; fitting them to the batch norms is an option, as it is slow and gave no better
-         ranges on the networks it was tried on. The record says data-free.
+Departs  Bias correction takes the place of AdaRound, which is a weight quantizer of its own. Equalisation is left out
+         unless asked for, and ranges are the whole ones, where the paper takes those of least squared error. Without
+         data the inputs are standard normal numbers; fitting them to the batch norms is an option, as it is slow and
+         gave no better ranges on the networks it was tried on. The record says data-free.
 """
 
 from __future__ import annotations

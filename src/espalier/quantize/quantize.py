@@ -29,7 +29,7 @@ from espalier.quantize.affine import Affine, AffineInput
 from espalier.quantize.calibrate import observe
 from espalier.quantize.coverage import coverage
 from espalier.quantize.gradients import Gradients
-from espalier.quantize.parts import GradientQuantizer, LayerSolver, Scheme, Stage
+from espalier.quantize.parts import GradientQuantizer, LayerSolver, Scheme, Stage, default_bits
 from espalier.quantize.places import Place, chosen, input_layers, output_axis
 from espalier.train import Training
 from espalier.train.batch_norm import reestimate
@@ -44,7 +44,8 @@ END_BITS = 8
 class Quantize(Training):
     """Quantize the weights of ``layers``, their inputs, and what flows back; with ``epochs`` the network trains so.
 
-    ``bits``, ``activation_bits``: one number, or pattern -> number; by default the method's own (8 where it can).
+    ``bits``, ``activation_bits``: one number, or pattern -> number; by default, as for ``gradient_bits`` and
+    ``error_bits``, the method's own (8 where it can).
     ``ends``: what the first and the last layer get: that many bits at least, ``same`` as the others, or ``float``.
     ``schemes`` divide the epochs. ``batches``: training batches of the calibration. ``densify``: codes and clusters of
     an earlier step may be given up; pruned positions stay zero and shared values stay shared in any case.
@@ -58,8 +59,8 @@ class Quantize(Training):
     errors: GradientQuantizer | None = None
     bits: Bits | dict[str, Bits] | None = None
     activation_bits: Bits | dict[str, Bits] | None = None
-    gradient_bits: Bits = 8
-    error_bits: Bits = 8
+    gradient_bits: Bits | None = None
+    error_bits: Bits | None = None
     ends: Bits | Literal["same", "float"] = END_BITS
     schemes: tuple[Scheme, ...] = ()
     layers: tuple[str, ...] = ("*",)
@@ -90,7 +91,13 @@ class Quantize(Training):
                 form.method.finish(form.view(slot.latent), context)
         if self.reestimate and self.epochs:  # after the last weight has its place
             reestimate(model, context)
-        context.record.details["coverage"] = coverage(model, places, context)
+        if self.weights is not None or self.activations is not None:
+            context.record.details["coverage"] = coverage(model, places, context)
+        if observed:
+            context.note(
+                "torch computes quantized inputs in floating point, so its latency says nothing about integer kernels: "
+                "espalier export --to int8 writes and times a file that has them."
+            )
         return model
 
     def stages(self) -> tuple[Stage, ...]:
@@ -260,11 +267,6 @@ def _solve(model: nn.Module, slots: list[Slot], context: Context) -> None:
             slot.latent.copy_(solved)
 
 
-def default_bits(widths: tuple[int, ...]) -> int:
-    """8 where a method can do that, else the most it can."""
-    return 8 if 8 in widths else max(widths)
-
-
 def _by_path(table: Mapping[str, int], path: str, place: Place, default: int) -> int:
     from espalier.core.selection import matches
 
@@ -273,15 +275,24 @@ def _by_path(table: Mapping[str, int], path: str, place: Place, default: int) ->
 
 
 def _widths(method: Quantize) -> list[str]:
-    """Bits that a method cannot do."""
+    """Bits that a method cannot do, and bits of what is not quantized."""
     found = []
+    name_of = {
+        "bits": "weights",
+        "activation_bits": "activations",
+        "gradient_bits": "gradients",
+        "error_bits": "errors",
+    }
     for name, bits, part in (
         ("bits", method.bits, method.weights),
         ("activation_bits", method.activation_bits, method.activations),
         ("gradient_bits", method.gradient_bits, method.gradients),
         ("error_bits", method.error_bits, method.errors),
     ):
-        if part is None or bits is None:
+        if bits is None:
+            continue
+        if part is None:
+            found.append(f"{name} has no say without {name_of[name]}: say by which method, or leave {name} unset")
             continue
         asked = bits.values() if isinstance(bits, Mapping) else (bits,)
         wrong = sorted({b for b in asked if b not in part.widths})

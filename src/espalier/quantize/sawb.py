@@ -6,8 +6,9 @@ Formula  a = c1 sqrt(E[w^2]) + c2 E|w|;   w^ = a (2 q - n) / n,   q = round(n (c
          n = 2^b - 1
          c1, c2 by regression of the best clips on six standard distributions
 Departs  c1 and c2 are those of the authors' code; the same regression made here gives 3.11 and -2.05 at 2 bits, theirs
-         are 3.12 and -2.064. With more than 5 bits no line fits those distributions, so it stops there. The clip is
-         kept between E|w| and max|w|, which the line may leave on weights unlike all six.
+         are 3.12 and -2.064. With more than 5 bits no line fits those distributions, so it stops there (the authors'
+         code has one for 8). The clip is kept between E|w| and max|w|, which the line may leave on weights unlike all
+         six.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ def to_int8(
     target = checked_target(path, ".xml" if runtime == "openvino" and Path(path).suffix == ".xml" else ".onnx")
     need("the int8 export", "onnx", "onnxscript", "onnxruntime", *([runtime] if profile.runs else []))
     tell = progress or (lambda *_: None)
-    bare = plain(model).cpu().eval()
+    bare = plain(model).cpu().eval().requires_grad_(requires_grad=False)
     call = example_call(bare, example)
     check_floats(bare, call)
     signature = signature_of(bare, *call, reference_result(bare, call))
