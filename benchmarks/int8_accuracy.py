@@ -158,7 +158,7 @@ def squeezenet(folder: Path) -> Network:
     model.load_state_dict(torch.load(weights, weights_only=True))
     with np.load(folder / "imagenet_1000" / "images_256.npz", allow_pickle=False) as arrays:
         packed, offsets, labels = (arrays[name] for name in ("jpeg", "offsets", "labels"))
-    raw, means = packed.tobytes(), np.float32([104, 117, 123])
+    raw, means = packed.tobytes(), np.array([104, 117, 123], np.float32)
     x = np.empty((len(labels), 3, 227, 227), np.float32)
     for row, (start, end) in enumerate(pairwise(offsets)):
         image = np.asarray(Image.open(io.BytesIO(raw[start:end])).convert("RGB"), np.float32)
@@ -457,8 +457,11 @@ def installed() -> dict[str, bool]:
     for name, has in there.items():
         if not has:
             print(f"{name} is not installed, so there will be no rows of {without[name]}: see int8_requirements.txt")
-    if not there["onnxruntime"] or importlib.util.find_spec("onnxscript") is None:
-        raise SystemExit("the fp32 export that all tools start from needs onnxscript and onnxruntime.")
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise SystemExit(
+            f"{', '.join(missing)}: not installed, and every tool starts from the fp32 export, which needs it"
+        )
     return there
 
 

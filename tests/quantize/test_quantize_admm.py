@@ -8,6 +8,7 @@ from tests.quantize.incremental_digits import (
     accuracy,
     check_common,
     check_resumes,
+    digits,
     latent_of,
     quantized,
     trained,
@@ -23,7 +24,7 @@ from espalier.core.task import Task
 from espalier.quantize.admm import Admm, magnitudes, nearest, project
 from espalier.quantize.quantize import Quantize
 from espalier.testing.compare import bits
-from espalier.train import SGD, Constant
+from espalier.train import SGD, Constant, Finetune
 
 
 def test_the_sets_of_the_paper() -> None:
@@ -79,7 +80,9 @@ def test_one_update_and_the_penalty_by_hand() -> None:
     second = method.copy(w)
     assert bits(w.state["dual"]) == bits(w.latent.detach() - second)
     w.latent.grad = None
-    method.penalty(w).backward()  # type: ignore[no-untyped-call]
+    pull = method.penalty(w)
+    assert pull is not None
+    pull.backward()  # type: ignore[no-untyped-call]
     assert w.latent.grad is not None
     assert torch.allclose(w.latent.grad, 0.5 * (w.latent.detach() - second + w.state["dual"]))
     assert bits(method.quantize(w)) == bits(w.latent)
@@ -132,6 +135,20 @@ def test_it_converges_to_the_set_and_learns() -> None:
     assert len(slot.value().unique()) <= 3
     assert bits(slot.value()) == bits(form.method.copy(form.view(slot.latent)))  # type: ignore[attr-defined]
     assert bits(slot.value()) == bits(slot.latent.detach())
+
+
+@pytest.mark.parametrize("every", [None, 5])
+def test_a_later_training_is_plain(every: int | None) -> None:
+    """The pull, the extragradient and the updates end with the step; the scale and the method's state stay."""
+    model = quantized(trained(), Admm(every=every), 2, epochs=2, lr=1e-2)
+    slot, form = latent_of(model, "4.weight")
+    before = {name: bits(tensor) for name, tensor in form.state.tensors().items()}
+    assert form.method.penalty(form.view(slot.latent)) is None
+    model = Finetune(epochs=2, lr=1e-3).transform(model, Context(task=digits()))
+    slot, form = latent_of(model, "4.weight")
+    assert {name: bits(tensor) for name, tensor in form.state.tensors().items()} == before
+    assert bool((slot.latent != form.method.copy(form.view(slot.latent))).any())  # type: ignore[attr-defined]
+    assert len(slot.value().unique()) <= 3
 
 
 @pytest.mark.parametrize("every", [None, 5])

@@ -137,9 +137,18 @@ def test_penalties_by_hand() -> None:
     ternary, binary = view(LrNet(decay=0.5), weight, 2), view(LrNet(beta=0.5), weight, 1)
     with torch.no_grad():
         decay, undecided = LrNet(decay=0.5).penalty(ternary), LrNet(beta=0.5).penalty(binary)
+        assert decay is not None
+        assert undecided is not None
         p = torch.sigmoid(binary.latent)
         assert float(decay) == pytest.approx(float(ternary.latent.square().sum()) / 4)
         assert float(undecided) == pytest.approx(float((p * (1 - p)).sum()) / 2)
+
+
+def test_no_penalty_once_the_values_are_chosen() -> None:
+    for width in (1, 2):
+        w = view(LrNet(), torch.randn(3, 4), width)
+        LrNet().finish(w, Context())
+        assert LrNet().penalty(w) is None
 
 
 def test_the_scale_is_that_of_the_weights_that_are_there() -> None:

@@ -9,6 +9,7 @@ Departs  The steps for W are the optimizer's: with the extragradient every secon
          gradient at W_p, and both gradients enter the optimizer's memory; biases and norms take plain steps. rho is
          ours. alpha starts where it was, at the mean of |V| and at powers of two below; the best end is taken.
          Validation and files see G; batch norm, which has seen W, is best re-estimated by a step of its own after it.
+         A later training has neither pull nor extragradient: it keeps alpha, and W goes on straight through.
 """
 
 from __future__ import annotations
@@ -140,13 +141,15 @@ class Admm(WeightQuantizer):
         if w.kept is not None:
             dual.masked_fill_(~w.kept, 0)
 
-    def penalty(self, w: Weight) -> Tensor:
+    def penalty(self, w: Weight) -> Tensor | None:
+        if bool(w.state["done"]):
+            return None
         gap = w.latent - self.copy(w) + w.state["dual"]
         gap = gap if w.kept is None else torch.where(w.kept, gap, 0)
         return self.rho / 2 * gap.square().sum()
 
     def before_step(self, w: Weight, loop: Loop) -> None:
-        if not self.extragradient:
+        if not self.extragradient or bool(w.state["done"]):
             return
         if loop.step % 2:
             w.latent.copy_(w.state["anchor"])
@@ -154,11 +157,11 @@ class Admm(WeightQuantizer):
             w.state["anchor"].copy_(w.latent)
 
     def after_step(self, w: Weight, loop: Loop) -> None:
-        if self.every is not None and (loop.step + 1) % self.every == 0:
+        if self.every is not None and (loop.step + 1) % self.every == 0 and not bool(w.state["done"]):
             self.update(w)
 
     def on_epoch(self, w: Weight, loop: Loop) -> None:
-        if self.every is None:
+        if self.every is None and not bool(w.state["done"]):
             self.update(w)
 
     def finish(self, w: Weight, context: Context) -> None:

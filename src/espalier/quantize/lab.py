@@ -5,7 +5,8 @@ Formula  w^ = a b,   b = sign(w),   a = ||d * w||_1 / ||d||_1,   d = sqrt(v) + 1
          proximal Newton step min_{a, b} sum of d_i (a b_i - w_i)^2;   g = dL/dw^ goes to w by Adam
 Departs  sign(0) = 1. d is 1 before the first step, and pruned weights count in no sum. The optimizer is the recipe's
          and must keep second moments. The gates of a recurrent layer are one weight in torch, so with one scale for
-         the tensor they share it; the authors give each its own.
+         the tensor they share it; the authors give each its own. Their
+         code clips the latent weights to [-1, 1], which the formula has not: here they are free.
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@ Formula  min_{a, b} sum of d_i (a b_i - w_i)^2, b in Q:   d = sqrt(v) + 1e-8, v 
          n = 2^{m-1} - 1:   linear Q = {0, +-1/n, ..., +-1},   logarithmic Q = {0, +-2^{1-n}, ..., +-1/2, +-1}
 Departs  The authors' code divides by ||b * d||_1, which is the least-squares scale for ternary weights only. The turns
          start from the last scale, and at first from max|w|. d is 1 before the first step, and pruned weights count in
-         no sum. The gates of a recurrent layer share a scale.
+         no sum. The gates of a recurrent layer share a scale. The authors' code clips the latent weights to [-1, 1];
+         here they are free.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ Formula  min_{a, b} sum of d_i (a b_i - w_i)^2, b in {-1, 0, 1}:   d = sqrt(v) +
 Departs  The exact solution takes the best of all k; the paper takes the best of those with |w|_k > c_k > |w|_{k+1},
          which is the same one. The turns start from the last scale (at first from the weights above 0.7 mean|w|). d is
          1 before the first step, and pruned weights count in no sum. The gates of a recurrent layer share a scale.
+         The authors' code clips the latent weights to [-1, 1]; here they are free.
 """
 
 from __future__ import annotations

@@ -116,7 +116,9 @@ class LrNet(WeightQuantizer):
         zero = torch.zeros((), dtype=torch.int32, device=values.device)
         return affine(w, values, likeliest(w.latent), w.state["scale"], zero)
 
-    def penalty(self, w: Weight) -> Tensor:
+    def penalty(self, w: Weight) -> Tensor | None:
+        if bool(w.state["done"]):
+            return None
         if w.bits == 1:
             plus, minus = probabilities(w.latent)
             return self.beta * (plus * minus if w.kept is None else torch.where(w.kept, plus * minus, 0)).sum()

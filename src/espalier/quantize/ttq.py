@@ -4,10 +4,11 @@ Paper    Zhu, Han, Mao, Dally. Trained Ternary Quantization. ICLR 2017. arXiv:16
 Formula  w^ = W_p for w > D, -W_n for w < -D, else 0;   D = t max|w|, t = 0.05, or so that a share r is zero;
          dL/dW_p = sum of g over w > D,   dL/dW_n = -sum of g over w < -D,   g = dL/dw^;
          dL/dw = W_p g for w > D,   g for |w| <= D,   W_n g for w < -D
-Departs  The paper prints dL/dW_n without its minus; its code has it. W_p and W_n start at the mean magnitude of the
-         weights that they stand for (``init=one``: at 1, as in the authors' code). A learned threshold is an addition:
-         t is trained by the slope of the ramp clip(|w| / 2D, 0, 1) in the place of the step 1[|w| > D], the sum over
-         the n weights divided by sqrt(n). D follows the latent weights after every step.
+Departs  The paper divides the weights by max|w| first and prints dL/dW_n without its minus; its code does neither.
+         W_p and W_n start at the mean magnitude of the weights that they stand for (``init=one``: at 1, as in the
+         authors' code). A learned threshold is an addition: t is trained by the slope of the ramp clip(|w| / 2D, 0, 1)
+         in the place of the step 1[|w| > D], the sum over the n weights divided by sqrt(n). D follows the latent
+         weights after every step.
 """
 
 from __future__ import annotations

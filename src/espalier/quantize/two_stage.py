@@ -3,7 +3,8 @@ r"""Two-stage optimisation: first the weights are quantized and trained, then th
 Paper    Zhuang, Shen, Tan, Liu, Reid. Towards Effective Low-bitwidth Convolutional Neural Networks. CVPR 2018.
          arXiv:1711.00205, section 3.2
 Formula  stage 1: train Q_w(w) with activations in floating point;   stage 2: train Q_w(w), Q_a(x) from there
-Departs  The epochs are shared out evenly between the stages.
+Departs  The epochs are shared out evenly between the stages. After ``progressive``, the weights of a later width train
+         under the activations of the width before, from which the network comes.
 """
 
 from __future__ import annotations
