@@ -32,25 +32,18 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.common import RESULTS, save
-from examples.lenet import LeNet5
+from benchmarks.subjects import blind, dense, task_of, training
 
 import espalier as es
 from espalier import api
-from espalier.compact import load_pretrained, resnet20
 from espalier.core.context import Context
 from espalier.core.errors import EspalierWarning
 from espalier.core.model import copy_model
 from espalier.core.recipe import FileOptions, step_from_data
-from espalier.data import Loader, Normalisation, standard
 from espalier.runs.files import freeze_model, load, write_weights
-from espalier.train import Crop, Finetune, Flip
 
 FILE = "lowbit"
 RQ = "Relaxed Quantization, table 1"
-NORMALISATIONS = {
-    "lenet5": Normalisation(mean=(0.0,), std=(1.0,)),
-    "resnet20": Normalisation(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),
-}
 
 
 @dataclass(frozen=True)
@@ -64,13 +57,6 @@ class Setting:
     dense_epochs: int
     epochs: int
     batch: int = 128
-
-    def training(self, lr: float | None = None) -> dict[str, Any]:
-        """The same training for every row, as plain fields; ``lr`` where a method needs another."""
-        if self.network == "lenet5":
-            return {"epochs": self.epochs, "lr": lr or 1.5e-3, "optimizer": {"adamw": {"weight_decay": 0.0}}}
-        sgd = {"sgd": {"momentum": 0.9, "weight_decay": 1e-4}}
-        return {"epochs": self.epochs, "lr": lr or 0.02, "optimizer": sgd, "augment": ["crop", "flip"]}
 
 
 SETTINGS = {
@@ -97,7 +83,7 @@ class Row:
     @property
     def label(self) -> str:
         """Name and bits: the row of the table."""
-        return f"{self.name}, {self.bits}"
+        return f"{self.name}{'' if self.trained else ' untrained'}, {self.bits}"
 
 
 BOTH = ("lenet5", "resnet20")
@@ -123,6 +109,7 @@ def cifar20(error: float) -> dict[str, float]:
     return {"resnet20": error}
 
 
+SCHEMES = {"two-stage": "two-stage", "progressive": {"progressive": {"bits": [8, 4]}}, "guided": "guided"}
 PACT = {"pact": {"alpha": None}}  # the clip starts at what calibration saw: these networks are trained already
 APOT = "APoT repository, ResNet-20"
 TTQ = "TTQ authors' repository, ResNet-20"
@@ -141,7 +128,7 @@ def rows() -> tuple[Row, ...]:
             weights_only("adaround", b, {"adaround": {"iterations": 1000}}, trained=False, networks=BOTH)
             for b in (4, 3)
         ),
-        *(weights_only("half", b, {"half": {"format": f}}, trained=False) for b, f in ((16, "fp16"), (16, "bf16"))),
+        *(weights_only(f"half, {f}", 16, {"half": {"format": f}}, trained=False) for f in ("fp16", "bf16")),
         weights_only("half, fp8", 8, {"half": {"format": "e4m3"}}, trained=False),
         weights_only("fixed-point", 8, trained=False),
         *(weights_only("power-of-two", b, trained=False) for b in (5, 4)),
@@ -186,9 +173,9 @@ def rows() -> tuple[Row, ...]:
         both("hwgq", 1, 2, "bwn", "hwgq", networks=BOTH),
         weights_only("bs-fixed", 1, networks=BOTH),
         weights_only("lab", 1, published=mnist(1.18), source="LAB, an MLP"),
-        weights_only("lr-net, binary", 1, {"lr-net": {"levels": "binary"}}, published=mnist(0.53), source=RQ),
+        weights_only("lr-net, binary", 1, "lr-net", published=mnist(0.53), source=RQ),
         weights_only("admm, binary", 1, {"admm": {"levels": "binary"}}),
-        weights_only("elq, binary", 1, {"elq": {"levels": "binary"}}),
+        weights_only("elq, binary", 1, "elq"),
         # --- three values ----------------------------------------------------------------------------------------
         weights_only("ternary", 2, networks=BOTH),
         weights_only("ternary-bernoulli", 2, published=mnist(1.15), source="TernaryConnect, an MLP"),
@@ -197,13 +184,13 @@ def rows() -> tuple[Row, ...]:
         weights_only("ttq", 2, networks=BOTH, published=cifar20(8.87), source=TTQ),
         weights_only("lat", 2),
         weights_only("laq", 3),
-        weights_only("lr-net, ternary", 2, {"lr-net": {"levels": "ternary"}}, published=mnist(0.50), source=RQ),
+        weights_only("lr-net, ternary", 2, "lr-net", published=mnist(0.50), source=RQ),
         weights_only("admm, ternary", 2, {"admm": {"levels": "ternary"}}, networks=BOTH),
-        weights_only("elq, ternary", 2, {"elq": {"levels": "ternary"}}, networks=BOTH),
+        weights_only("elq, ternary", 2, "elq", networks=BOTH),
         # --- how the training is divided -------------------------------------------------------------------------
         *(
-            both(f"dorefa, {name}", 2, 2, "dorefa", "dorefa-input", fields={"schemes": [name]}, networks=BOTH)
-            for name in ("two-stage", "progressive", "guided")
+            both(f"dorefa, {name}", 2, 2, "dorefa", "dorefa-input", fields={"schemes": [scheme]}, networks=BOTH)
+            for name, scheme in SCHEMES.items()
         ),
         # --- what flows back -------------------------------------------------------------------------------------
         *(
@@ -216,45 +203,20 @@ def rows() -> tuple[Row, ...]:
     )  # fmt: skip
 
 
-def task_of(setting: Setting, folder: Path) -> es.Task:
-    """A seeded subset of the training images; of val and test the first ones."""
-    scale = NORMALISATIONS[setting.network]
-    data = standard("mnist" if setting.network == "lenet5" else "cifar10", folder, batch_size=128, normalisation=scale)
-    train = data.train
-    if setting.images < len(train.x):
-        chosen = torch.randperm(len(train.x), generator=torch.Generator().manual_seed(0))[: setting.images]
-        train = Loader(train.x[chosen], train.y[chosen], batch_size=128, shuffle=True, normalisation=scale)
-    held = (
-        Loader(part.x[:count], part.y[:count], batch_size=1000, normalisation=scale)
-        for part, count in ((data.val, setting.judged // 2), (data.test, setting.judged))
-    )
-    return es.tasks.classification(train, *held)
-
-
-def start(setting: Setting, task: es.Task, folder: Path, seed: int) -> nn.Module:
-    """The network all rows of a seed start from."""
-    torch.manual_seed(seed)
-    if setting.network == "lenet5":
-        fresh = LeNet5().to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # twice as fast
-        return Finetune(epochs=setting.dense_epochs, lr=2e-3)(fresh, Context(task=task, seed=seed))
-    network = load_pretrained(resnet20(), folder / "cifar10_resnets" / "resnet20-12fca82f.th")
-    step = Finetune(epochs=setting.dense_epochs, lr=0.01, augment=(Crop(), Flip()))
-    return step(network, Context(task=task, seed=seed))
-
-
 def step_of(row: Row, setting: Setting) -> Any:
     """The recipe's only step."""
-    training = setting.training(row.lr) if row.trained else {}
+    fields = training(setting.network, setting.epochs, row.lr) if row.trained else {}
+    fields = {name: value for name, value in fields.items() if name != "precision"}  # bf16 would round once more
     if not row.fields:
-        return step_from_data({"train.finetune": training})
-    return step_from_data({"quantize.quantize": {**training, **row.fields}})
+        return step_from_data({"train.finetune": fields})
+    return step_from_data({"quantize.quantize": {**fields, **row.fields}})
 
 
 def measured(row: Row, setting: Setting, model: nn.Module, task: es.Task, seed: int) -> dict[str, Any]:
     """One row: errors and bytes are those of the re-loaded file of weights, remaining floats as fp16."""
     with tempfile.TemporaryDirectory() as folder:
         started = time.process_time()
-        result = step_of(row, setting)(model, Context(task=task, seed=seed))
+        result = step_of(row, setting)(model, Context(task=blind(task), seed=seed))
         seconds = time.process_time() - started
         path = Path(folder) / "model.weights.espalier"
         write_weights(freeze_model(result, None), path, FileOptions(coders=("adaptive",)), "fp16")
@@ -267,12 +229,12 @@ def measured(row: Row, setting: Setting, model: nn.Module, task: es.Task, seed: 
     }  # fmt: skip
 
 
-def there(setting: Setting) -> set[tuple[str, int]]:
-    """What is measured already in this setting."""
+def there(setting: Setting) -> list[tuple[str, int, Any]]:
+    """What is measured already in this setting: label, seed and fields."""
     path = RESULTS / f"{FILE}.json"
     found = json.loads(path.read_text()) if path.exists() else []
-    same = [r for r in found if r["setting"]["network"] == setting.network and r["setting"]["mode"] == setting.mode]
-    return {(row["id"], row["seed"]) for row in same}
+    same = [r for r in found if r["setting"].items() >= vars(setting).items()]
+    return [(row["id"], row["seed"], row["setting"]["fields"]) for row in same]
 
 
 def main() -> None:
@@ -291,16 +253,15 @@ def main() -> None:
     api.fill_registry()
     setting = SETTINGS[given.network, given.quick]
     folder = Path(given.data_dir or os.environ["ESPALIER_DATA"])
-    task = task_of(setting, folder)
-    done = set() if given.again else there(setting)
+    done = [] if given.again else there(setting)
     failed: list[str] = []
     for seed in range(given.seeds):
-        model = None
+        model, task = None, task_of(setting.network, setting.images, setting.judged, folder, seed, setting.batch)
         for row in rows():
             asked = given.only is None or any(row.name.startswith(name) for name in given.only)
-            if given.network not in row.networks or not asked or (row.label, seed) in done:
+            if given.network not in row.networks or not asked or (row.label, seed, row.fields) in done:
                 continue
-            model = model if model is not None else start(setting, task, folder, seed)
+            model = model or dense(setting.network, setting.dense_epochs, blind(task), folder, seed)
             try:
                 found = measured(row, setting, model, task, seed)
             except Exception:

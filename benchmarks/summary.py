@@ -220,7 +220,8 @@ def lowbit(network: str) -> list[str]:
         drops = [row["measured"]["test_error"] - base[row["seed"]] for row in group if row["seed"] in base]
         claimed = group[0]["claimed"]
         body.append([
-            name, bits, "" if group[0]["setting"]["trained"] else "no", spread(errors), signed(drops),
+            name.removesuffix(" untrained"), bits, "" if group[0]["setting"]["trained"] else "no",
+            spread(errors), signed(drops),
             f"{mean(row['measured']['bytes'] for row in group):,.0f}",
             f"{mean(row['measured']['cpu_seconds'] for row in group):.1f}",
             f"{claimed['test_error']:.2f} ({claimed['source']})" if claimed else "",

@@ -1,6 +1,6 @@
 """Single weights removed: every criterion that scores weights, at 50, 70, 90, 95 and 98 %, one-shot and iterative.
 
-python benchmarks/unstructured.py [--quick] [--network lenet5|resnet20] [--seeds 3] [--data-dir DIR]
+python benchmarks/unstructured.py [--quick] [--all-levels] [--network lenet5|resnet20] [--seeds 3] [--data-dir DIR]
 
 LeNet-5 on MNIST, trained here, and the published ResNet-20 on CIFAR-10 (JPEG), fine-tuned to the JPEG images first.
 one-shot: prune once, then fine-tune; iterative: a cubic schedule with ten mask updates in the first 70 % of the
@@ -10,8 +10,8 @@ for far longer). Scope global with a small floor, but for criteria made for anot
 measure for those with equal layers. Nothing is chosen by val or test: both are reported. Rows are kept: a second call
 goes on where the first stopped. What is left out, and why, is a row as well. ``--quick``: one seed, subsets, fewer
 epochs, iterative (with twice the epochs of one-shot) at 90 and 98 %, on ResNet-20 before-training too; OBS as
-SparseGPT (the exact form takes about a minute a time). ``threshold`` cuts at a height, not at a share: read the
-``sparsity`` of each entry, which is counted in the network that is judged.
+SparseGPT (the exact form takes about a minute a time). ``--all-levels``: the quick form at all five. ``threshold`` cuts
+at a height, not at a share: read the ``sparsity`` of each entry, which is counted in the network that is judged.
 """
 
 from __future__ import annotations
@@ -33,20 +33,18 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.common import RESULTS, save
-from examples.lenet import LeNet5
+from benchmarks.subjects import blind, dense, task_of, training
 
 import espalier as es
 from espalier import api
-from espalier.compact import load_pretrained, resnet20
 from espalier.core import registry
 from espalier.core.context import Context
 from espalier.core.method import Method, Technique
 from espalier.core.selection import weights
-from espalier.data import Loader, Normalisation, standard
 from espalier.prune import Criterion, Cubic, Global, Layer, LossPrune, Magnitude, OneShot, Prune, Row, Threshold
 from espalier.prune.connections import Connections
 from espalier.prune.parts import CutCriterion, Scope, SolvingCriterion, WatchingCriterion
-from espalier.train import SGD, AdamW, Crop, Finetune, Flip
+from espalier.train import Finetune
 
 FILE = "unstructured"
 SPARSITIES = (0.5, 0.7, 0.9, 0.95, 0.98)
@@ -56,10 +54,6 @@ UPDATES = 10
 RISE = 0.7
 FLOOR = 0.005  # below the share that stays at 98 %, or global would be layer
 SCOPES: dict[str, Scope] = {"wanda": Row()}  # its inputs' norms are compared inside one output; others: global
-NORMALISATIONS = {
-    "lenet5": Normalisation(mean=(0.0,), std=(1.0,)),
-    "resnet20": Normalisation(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),
-}
 
 
 @dataclass(frozen=True)
@@ -76,14 +70,9 @@ class Setting:
     solving_form: str = "exact"
     batch: int = 128
 
-    def training(self, epochs: int, lr: float | None = None) -> dict[str, Any]:
+    def training(self, epochs: int) -> dict[str, Any]:
         """The same training for every row."""
-        if self.network == "lenet5":
-            return {"epochs": epochs, "lr": lr or 1.5e-3, "optimizer": AdamW(weight_decay=0.0)}
-        return {
-            "epochs": epochs, "lr": lr or 0.02, "optimizer": SGD(momentum=0.9, weight_decay=5e-4),
-            "augment": (Crop(), Flip()), "precision": "bf16", "reestimate": True,
-        }  # fmt: skip
+        return training(self.network, epochs)
 
     @property
     def every(self) -> int:
@@ -144,14 +133,14 @@ def parts() -> tuple[dict[str, Criterion | Connections], dict[str, str]]:
     return found, left
 
 
-def jobs(setting: Setting, *, quick: bool) -> Iterator[Job]:
-    """The rows of one network."""
+def jobs(setting: Setting, *, few: bool) -> Iterator[Job]:
+    """The rows of one network; ``few``: where a row costs a training, two levels."""
     found, _ = parts()
-    few = quick and setting.network == "resnet20"
+    before = FEW if few and setting.network == "resnet20" else SPARSITIES
     for name in sorted(found, key=lambda name: isinstance(found[name], Connections)):
         part = found[name]
         if isinstance(part, Connections):
-            yield Job(name, part, Global(), BEFORE, FEW if few else SPARSITIES)
+            yield Job(name, part, Global(), BEFORE, before)
             continue
         if isinstance(part, SolvingCriterion):
             part = part.replace(batches=setting.solving_batches, form=setting.solving_form)
@@ -159,42 +148,9 @@ def jobs(setting: Setting, *, quick: bool) -> Iterator[Job]:
         scope = Layer() if layers else SCOPES.get(name, Global(floor=FLOOR))
         for schedule in SCHEDULES:
             if not isinstance(part, WatchingCriterion) or schedule == "iterative":
-                asked = FEW if quick and schedule == "iterative" else SPARSITIES
+                asked = FEW if few and schedule == "iterative" else SPARSITIES
                 full = f"{name}-{setting.solving_form}" if isinstance(part, SolvingCriterion) else name
                 yield Job(full, part, scope, schedule, asked)
-
-
-def task_of(setting: Setting, folder: Path, seed: int) -> es.Task:
-    """Seeded splits; the training images a seeded subset."""
-    name, variant = ("mnist", "auto") if setting.network == "lenet5" else ("cifar10", "jpeg")
-    scale = NORMALISATIONS[setting.network]
-    splits = standard(name, folder, variant=variant, seed=seed, normalisation=scale)
-    rows = torch.randperm(len(splits.train.x), generator=torch.Generator().manual_seed(0))[: setting.images]
-    train = Loader(
-        splits.train.x[rows], splits.train.y[rows], batch_size=setting.batch, shuffle=True, normalisation=scale
-    )
-    held = (
-        Loader(part.x[: setting.judged], part.y[: setting.judged], batch_size=500, normalisation=scale)
-        for part in (splits.val, splits.test)
-    )
-    return es.tasks.classification(train, *held)
-
-
-def blind(task: es.Task) -> es.Task:
-    """The task without val and test: nothing is chosen by them, so no epoch looks at them."""
-    return dataclasses.replace(task, val=None, test=None)
-
-
-def dense(setting: Setting, training: es.Task, folder: Path, seed: int) -> nn.Module:
-    """LeNet-5 trained from scratch, or the published ResNet-20 fine-tuned to the JPEG images."""
-    context = Context(task=training, seed=seed)
-    if setting.network == "lenet5":
-        torch.manual_seed(seed)
-        fresh = LeNet5()
-        fresh.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # twice as fast
-        return Finetune(**setting.training(setting.dense_epochs))(fresh, context).eval()
-    published = load_pretrained(resnet20(), folder / "cifar10_resnets" / "resnet20-12fca82f.th")
-    return Finetune(**setting.training(setting.dense_epochs, lr=0.01))(published, context).eval()
 
 
 def cut(criterion: Threshold, model: nn.Module, sparsity: float) -> Threshold:
@@ -208,15 +164,13 @@ def steps(job: Job, setting: Setting, model: nn.Module, sparsity: float) -> tupl
     """What is done to the dense network."""
     part, asked = job.part, sparsity
     if isinstance(part, Connections):
-        training = setting.training(setting.dense_epochs + setting.one_shot_epochs)
-        return (LossPrune(connections=part, sparsity=sparsity, **training),)
+        epochs = setting.dense_epochs + setting.one_shot_epochs
+        return (LossPrune(connections=part, sparsity=sparsity, **setting.training(epochs)),)
     if isinstance(part, Threshold):
         part, asked = cut(part, model, sparsity), None  # type: ignore[assignment]
     if job.schedule == "iterative":
-        schedule, training = Cubic(end=RISE), setting.training(setting.iterative_epochs)
-        return (
-            Prune(criterion=part, scope=job.scope, sparsity=asked, schedule=schedule, every=setting.every, **training),
-        )
+        fields = {"schedule": Cubic(end=RISE), "every": setting.every, **setting.training(setting.iterative_epochs)}
+        return (Prune(criterion=part, scope=job.scope, sparsity=asked, **fields),)
     return (
         Prune(criterion=part, scope=job.scope, sparsity=asked, schedule=OneShot()),
         Finetune(**setting.training(setting.one_shot_epochs)),
@@ -242,10 +196,10 @@ def measured(task: es.Task, model: nn.Module, started: float) -> dict[str, Any]:
 
 def tried(job: Job, setting: Setting, task: es.Task, base: nn.Module, sparsity: float, seed: int) -> dict[str, Any]:
     """One entry of a row; a failure is one too."""
-    started, model, training = time.perf_counter(), base, blind(task)
+    started, model, unseen = time.perf_counter(), base, blind(task)
     try:
         for step in steps(job, setting, base, sparsity):
-            model = step(model, Context(task=training, seed=seed))
+            model = step(model, Context(task=unseen, seed=seed))
         return measured(task, model, started)
     except Exception as error:
         return {"failed": f"{type(error).__name__}: {str(error)[:300]}"}
@@ -256,26 +210,26 @@ def plain(method: Method) -> str:
     return f"{method.id} " + " ".join(f"{f.name}={getattr(method, f.name)}" for f in dataclasses.fields(method))
 
 
-def run(setting: Setting, folder: Path, seed: int, *, quick: bool) -> None:
+def run(setting: Setting, folder: Path, seed: int, *, quick: bool, few: bool) -> None:
     """All rows of one network and seed that are not there yet."""
     path, mode = RESULTS / f"{FILE}.json", "quick" if quick else "full"
     there = {(row["id"], row.get("row")): row for row in (json.loads(path.read_text()) if path.exists() else ())}
-    task = task_of(setting, folder, seed)
-    training = blind(task)
+    task = task_of(setting.network, setting.images, setting.judged, folder, seed, setting.batch)
+    unseen = blind(task)
     started = time.perf_counter()
-    base = dense(setting, training, folder, seed)
+    base = dense(setting.network, setting.dense_epochs, unseen, folder, seed)
     common = {"seed": seed, "setting": dataclasses.asdict(setting)}
     label = f"{setting.network}, {mode}, seed {seed}"
     if ("baseline", label) not in there:
         found = {"dense": measured(task, base, started)}
         for schedule, epochs in (("one-shot", setting.one_shot_epochs), ("iterative", setting.iterative_epochs)):
             started = time.perf_counter()
-            more = Finetune(**setting.training(epochs))(base, Context(task=training, seed=seed))
+            more = Finetune(**setting.training(epochs))(base, Context(task=unseen, seed=seed))
             found[f"dense, epochs of {schedule}"] = measured(task, more, started)
         save(FILE, [{"id": "baseline", "row": label, **common, "measured": found}])
         print("baseline", label, json.dumps(found), flush=True)
     order = (SCHEDULES[0], BEFORE, SCHEDULES[1])  # the dearest last
-    for job in sorted(jobs(setting, quick=quick), key=lambda job: order.index(job.schedule)):
+    for job in sorted(jobs(setting, few=few), key=lambda job: order.index(job.schedule)):
         label = f"{setting.network}, {job.schedule}, {mode}, seed {seed}"
         entries = {k: v for k, v in there.get((job.name, label), {}).get("measured", {}).items() if "failed" not in v}
         for sparsity in job.sparsities:
@@ -291,6 +245,7 @@ def main() -> None:
     """Parse and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--all-levels", action="store_true")
     parser.add_argument("--network", choices=sorted(FULL), default=None)
     parser.add_argument("--seeds", type=int, default=None)
     parser.add_argument("--data-dir", type=Path, default=None)
@@ -304,7 +259,7 @@ def main() -> None:
     save(FILE, left)
     for network in [given.network] if given.network else sorted(settings):
         for seed in range(given.seeds or (1 if given.quick else 3)):
-            run(settings[network], folder, seed, quick=given.quick)
+            run(settings[network], folder, seed, quick=given.quick, few=given.quick and not given.all_levels)
 
 
 if __name__ == "__main__":

@@ -105,7 +105,9 @@ def _latency(model: nn.Module, example: Any, done: Exported, threads: int) -> di
 def lines(found: dict[str, Any]) -> list[str]:
     """What a person reads."""
     if found["to"] == "int8":
-        return int8.lines(found)
+        from espalier.report.int8 import int8 as said_of
+
+        return list(said_of(found))
     said = [f"{name}: {size:,} bytes" for name, size in found["files"].items()]
     said += [
         f"{check['runtime']}, batch {check['batch']}: outputs within {check['difference']:.1e} of the model's"

@@ -126,23 +126,3 @@ def measured(
         **{name: score.value for name, score in found.items()},
         "stderr": found["fp32"].stderr,
     }
-
-
-def lines(found: dict[str, Any]) -> list[str]:
-    """What a person reads."""
-    said = [f"int8    {found['path']}: {found['bytes']:,} bytes", f"        {found['said']}"]
-    agreement = found["agreement"]
-    said.append(f"        {agreement['model']:.1f} dB from the model in torch over {agreement['batches']} batches")
-    if agreement.get("reference") is not None:
-        said.append(f"        {agreement['reference']:.1f} dB from the original in fp32")
-    metric = dict(found.get("metric", {}))
-    if metric:
-        name, error = metric.pop("name"), metric.pop("stderr")
-        said.append(f"{name} on val: " + ", ".join(f"{k} {v:.2f}" for k, v in metric.items()) + f" (+- {error:.2f})")
-    rows = found.get("latency", {})
-    for name, row in rows.items():
-        said.append(
-            f"{name:<20} {row['median_ms']:8.3f} ms ({row['p10_ms']:.3f} to {row['p90_ms']:.3f})   "
-            f"{row['threads']} thread{'s' * (row['threads'] > 1)}, batch 1, {row['runs']} runs in turn"
-        )
-    return [*said, *(f"note    {note}" for note in found.get("notes", ()))]

@@ -18,11 +18,9 @@ from espalier.cli.common import (
     Resume,
     Threads,
     emit,
-    note_project,
     noted_project,
     prepare,
     say,
-    say_if_fresh,
     show_record,
     tell,
     warnings_as_sentences,
@@ -93,21 +91,17 @@ def compress(
 ) -> None:
     """Compress a model: to a target, by a recipe, or by single steps."""
     prepare(data_dir, threads)
-    from espalier import api
     from espalier.cli import recipes
-    from espalier.cli.progress import shown
     from espalier.cli.project import load_project
+    from espalier.cli.running import run
 
     with warnings_as_sentences():
         wanted = recipes.chosen(recipe, step or [], set_ or [])
         loaded = load_project(project)
-        say_if_fresh(out, resume=resume)
-        with shown(quiet=as_json) as listener:
-            result = api.compress(
-                loaded.model, loaded.task, wanted, out=out, size=size, max_drop=max_drop, minutes=minutes, seed=seed,
-                resume=resume, device=device, models=loaded.models, listener=listener,
-            )  # fmt: skip
-    note_project(out, project)
+        result = run(
+            loaded, wanted, project, out, seed=seed, resume=resume, quiet=as_json, size=size, max_drop=max_drop,
+            minutes=minutes, device=device,
+        )  # fmt: skip
     show_record(result.record, out, as_json=as_json)
     if not result.met:
         raise typer.Exit(MISSED)

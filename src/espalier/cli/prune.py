@@ -18,10 +18,8 @@ from espalier.cli.common import (
     Resume,
     Threads,
     emit,
-    note_project,
     prepare,
     say,
-    say_if_fresh,
     show_record,
     tell,
     warnings_as_sentences,
@@ -73,8 +71,8 @@ def prune(
     prepare(data_dir, threads)
     from espalier import api
     from espalier.cli import plan
-    from espalier.cli.progress import shown
     from espalier.cli.project import load_project
+    from espalier.cli.running import run
     from espalier.core.recipe import FileOptions, Recipe
     from espalier.train import Finetune
 
@@ -97,13 +95,7 @@ def prune(
             return
         steps = (step, Finetune(epochs=finetune)) if finetune else (step,)
         recipe = Recipe(steps=steps, file=FileOptions(floats="fp16" if size else "auto"))
-        say_if_fresh(out, resume=resume)
-        with shown(quiet=as_json) as listener:
-            result = api.compress(
-                loaded.model, loaded.task, recipe, out=out, seed=seed, resume=resume, models=loaded.models,
-                listener=listener,
-            )  # fmt: skip
-    note_project(out, project)
+        result = run(loaded, recipe, project, out, seed=seed, resume=resume, quiet=as_json)
     show_record(result.record, out, as_json=as_json)
     _judge(goal.of_record(result.record) if goal is not None else None, as_json=as_json)
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,15 +17,16 @@ from espalier.cli.common import (
     ProjectFile,
     Resume,
     Threads,
-    emit,
-    note_project,
     prepare,
     say,
-    say_if_fresh,
     show_record,
     warnings_as_sentences,
 )
 from espalier.core.errors import UsageError
+
+if TYPE_CHECKING:
+    from espalier.api import Result
+    from espalier.cli.project import Project
 
 PART = "A name, or a name with fields: '{twn: {solution: exact}}'."
 Quantizer = Annotated[str | None, typer.Option(help=PART)]
@@ -65,10 +67,8 @@ def quantize(
     """Quantize a model: any method of the literature in any number of bits, or int8 that runs faster here."""
     prepare(data_dir, threads)
     from espalier import api
-    from espalier.cli import int8 as deploying
-    from espalier.cli.progress import shown, telling
-    from espalier.cli.project import load_project, load_result
-    from espalier.core.files import write_atomic
+    from espalier.cli.project import load_project
+    from espalier.cli.running import run
     from espalier.core.recipe import Recipe
 
     api.fill_registry()
@@ -82,32 +82,33 @@ def quantize(
     with warnings_as_sentences():
         check_options(fields, runtime, int8=int8, keep_fp32=keep_fp32)
         loaded = load_project(project)
-        say_if_fresh(out, resume=resume)
-        with shown(quiet=as_json) as listener:
-            result = api.compress(
-                loaded.model, loaded.task, Recipe(steps=(step(fields, int8=int8),)), out=out, seed=seed, resume=resume,
-                models=loaded.models, listener=listener,
-            )  # fmt: skip
-            note_project(out, project)
-            exported = None
-            if int8:
-                model, _ = load_result(out / "model.espalier", project, codes=True)
-                exported = deploying.export_int8(
-                    model, loaded, out, runtime, keep_fp32=keep_fp32 or (), threads=threads or 1,
-                    progress=telling(listener, "int8"),
-                )  # fmt: skip
-                result.record["int8"] = exported
-                result.record["notes"] = [*result.record["notes"], *deploying.lines(exported)]
-                write_atomic(out / "record.json", json.dumps(result.record, indent=1).encode())
-                api.write_report(out, result.record)
-    if as_json:
-        emit(result.record)
-        return
-    show_record(result.record, out, as_json=False)
-    for line in covered(result.record):
+        recipe = Recipe(steps=(step(fields, int8=int8),))
+        result = run(loaded, recipe, project, out, seed=seed, resume=resume, quiet=as_json)
+        if int8:
+            deploy(result, loaded, project, out, runtime, keep_fp32=keep_fp32 or (), threads=threads, quiet=as_json)
+    show_record(result.record, out, as_json=as_json)
+    for line in covered(result.record) if not as_json else ():
         say(line)
-    for line in deploying.lines(exported) if exported is not None else ():
-        say(line)
+
+
+def deploy(
+    result: Result, loaded: Project, project: Path, out: Path, runtime: str | None, *, keep_fp32: Sequence[str],
+    threads: int | None, quiet: bool,
+) -> None:  # fmt: skip
+    """Write the int8 file of a run's result into its folder, and what was measured of it into record and report."""
+    from espalier import api
+    from espalier.cli.int8 import export_int8
+    from espalier.cli.progress import shown, telling
+    from espalier.cli.project import load_result
+    from espalier.core.files import write_atomic
+
+    model, _ = load_result(out / "model.espalier", project, codes=True)
+    with shown(quiet=quiet) as listener:
+        result.record["int8"] = export_int8(
+            model, loaded, out, runtime, keep_fp32=keep_fp32, threads=threads or 1, progress=telling(listener, "int8")
+        )
+    write_atomic(out / "record.json", json.dumps(result.record, indent=1).encode())
+    api.write_report(out, result.record)
 
 
 def read(text: str | None) -> Any:

@@ -137,7 +137,7 @@ class MixedBits(Technique):
         if self.analyse:
             found = analyse(model, context, step, store=context.epochs("sensitivity"))
             context.record.details["quantization sensitivity"] = found
-        return step.transform(model, context)  # one step with one record, which holds the choice beside the coverage
+        return context.run(step, model)
 
     def _layer(self, place: Place) -> Layer:
         """The widths of one weight that differ once the ends' policy is applied."""

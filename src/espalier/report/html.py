@@ -55,6 +55,7 @@ def _sections(info: Info) -> Iterable[Markup | None]:
     yield _warnings(info)
     yield _layers(info)
     yield _files(info)
+    yield _int8(info)
     yield _settings(info)
 
 
@@ -192,6 +193,10 @@ def _files(info: Info) -> Markup | None:
         for file in info.files
     ]
     return section("Files", table(["file", "length", "", "verified", "metric, re-loaded"], rows, numbers=(1, 2)), notes)
+
+
+def _int8(info: Info) -> Markup | None:
+    return section("Int8 file", [el("p", line) for line in info.int8]) if info.int8 else None
 
 
 def _settings(info: Info) -> Markup | None:

@@ -15,6 +15,7 @@ from espalier.report.budget import Budget, Layer, budget, layers
 from espalier.report.fields import MODEL, size_of, text, texts, truth
 from espalier.report.goals import File, Goal, files, goals
 from espalier.report.headline import headline, paired
+from espalier.report.int8 import int8
 from espalier.report.settings import Settings, settings
 from espalier.report.steps import Note, Skipped, Step, notes, skipped, steps
 from espalier.report.tries import Try, tries
@@ -41,6 +42,7 @@ class Info:
     skipped: tuple[Skipped, ...]
     warnings: tuple[Note, ...]
     notes: tuple[str, ...]
+    int8: tuple[str, ...]
     settings: Settings
     metric: str
     unit: str
@@ -72,6 +74,7 @@ def summarise(record: Mapping[str, Any]) -> Info:
         skipped=skipped(done),
         warnings=notes(done) + tuple(Note("file", said) for said in texts(at(record, "warnings"))),
         notes=texts(at(record, "notes")),
+        int8=int8(at(record, "int8")),
         settings=settings(record),
         metric=name,
         unit=unit,

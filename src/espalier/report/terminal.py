@@ -76,6 +76,8 @@ def _parts(info: Info) -> Iterable[RenderableType]:
     if info.skipped:
         rows = [[s.step, _names(s.names), units.printable(s.reason, LINE)] for s in info.skipped]
         yield _titled("left alone", _table(["step", "layers", "why"], rows))
+    if info.int8:
+        yield _titled("int8 file", Group(*(Text(line) for line in info.int8)))
     if info.warnings:
         yield _titled("warnings", Group(*(Text(f"{n.step}: {n.text}", style="yellow") for n in info.warnings)))
 

@@ -251,10 +251,10 @@ class Run:
                 test[name] = vars(self.task.measure(candidate, "test", host))
             if self.task.labelled:
                 pairs = paired(host, model, self.task, "test").to_json()
-        leaves = [entry for entry in self.directory.events("step") if entry["leaf"] and _under(entry, outcome)]
+        done = [entry for entry in self.directory.events("step") if _under(entry, outcome)]
         return summarise(
             begun=begun, file=file, outcome=outcome, measured={name: m.to_json() for name, m in measured.items()},
-            test=test, pairs=pairs, steps=[entry["record"] for entry in leaves],
+            test=test, pairs=pairs, steps=_told(done),
             tries=self.directory.events("try"), metric=self.task.scorer(), model=type(self.model).__name__,
             zeros=zeros,
         )  # fmt: skip
@@ -283,6 +283,24 @@ class Run:
 
 def _under(entry: Mapping[str, Any], outcome: Outcome) -> bool:
     return str(entry["path"]).split("/")[0] == outcome.name
+
+
+def _told(done: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The records of leaves, and before its steps that of each composite that has something to say itself."""
+    paths = [entry["path"] for entry in done]
+
+    def place(entry: dict[str, Any]) -> tuple[int, int]:
+        inside = [n for n, path in enumerate(paths) if f"{path}/".startswith(f"{entry['path']}/")]
+        return inside[0], len(entry["path"])
+
+    found = []
+    for entry in sorted(done, key=place):
+        record = entry["record"]
+        if entry["leaf"]:
+            found.append(record)
+        elif any(record[part] for part in ("skipped", "notes", "warnings", "details")):
+            found.append({**record, "before": {}, "after": {}, "seconds": None})  # its steps tell these
+    return found
 
 
 def _macs(original: nn.Module, model: nn.Module, task: Task) -> dict[str, int]:
