@@ -727,6 +727,14 @@ def test_quantize_int8_writes_runs_and_times_a_file(espalier, folder):
     assert (folder / "runs" / "8" / "model.int8.onnx").is_file()
     for words in ("2 of 2 layers in int8", "onnxruntime, int8", "onnxruntime, fp32", "accuracy on val"):
         assert words in out
+    record = json.loads((folder / "runs" / "8" / "record.json").read_text())
+    assert record["int8"]["coverage"]["layers"] == 2
+    assert (folder / "runs" / "8" / "report.html").read_text().count("2 of 2 layers in int8") == 1
+    code, out, error = espalier(
+        "quantize", "project.py", "--int8", "--runtime", "onnxruntime", "--out", "runs/8", "--resume"
+    )
+    assert code == 0, error
+    assert out.count("2 of 2 layers in int8") == 1
     code, out, error = espalier("export", "runs/8", "--to", "int8", "--runtime", "tensorrt", "--out", "again.onnx")
     assert code == 0, error
     assert "tensorrt was not run" in out

@@ -15,8 +15,7 @@ from espalier.cli.project import Project
 from espalier.core.context import Context
 from espalier.core.errors import NeedError, UsageError
 from espalier.core.model import digest
-from espalier.core.task import Task, classification
-from espalier.data import standard
+from espalier.core.task import Task
 from espalier.quantize import AffineInput, Quantize
 from espalier.quantize.analysis import Switches, analyse
 from espalier.report.steps import steps
@@ -29,12 +28,6 @@ STEPS = {
     "both": Quantize(bits=3, activations=AffineInput(), activation_bits=2, ends="same"),
     "ends": Quantize(bits=2, ends="float"),
 }
-
-
-@pytest.fixture(scope="module")
-def task() -> Task:
-    digits = standard("digits")
-    return classification(digits.train, digits.val)
 
 
 @pytest.fixture(scope="module")

@@ -20,8 +20,7 @@ from espalier.core.plan import Plan, applied
 from espalier.core.quantized import QuantizedWeight
 from espalier.core.recipe import Recipe
 from espalier.core.representation import Affine as StoredAffine
-from espalier.core.task import Task, classification
-from espalier.data import standard
+from espalier.core.task import classification
 from espalier.graph import trace
 from espalier.prune import Channels, Prune
 from espalier.quantize import Affine, AffineInput, Quantize
@@ -31,12 +30,6 @@ from espalier.testing.compare import bits, frozen_copy, outputs
 from espalier.train import Finetune
 
 fill_registry()
-
-
-@pytest.fixture(scope="module")
-def task() -> Task:
-    digits = standard("digits")
-    return classification(digits.train, digits.val, digits.test)
 
 
 def network(seed: int = 0) -> nn.Module:
@@ -272,3 +265,20 @@ def test_torchs_fused_transformer_layer_does_not_pass_the_quantizers_by():
             assert torch.equal(result(x), fast)
         finally:
             torch.backends.mha.set_fastpath_enabled(value=True)
+
+
+def test_what_a_composite_says_is_in_the_record_of_a_run(task, tmp_path):
+    import dataclasses
+
+    import espalier
+    from espalier.core.errors import EspalierWarning
+    from espalier.quantize import PTQInt8
+
+    without = dataclasses.replace(task, train=None)
+    with pytest.warns(EspalierWarning, match="data"):
+        result = espalier.compress(network(), without, Recipe(steps=(PTQInt8(),)), out=tmp_path / "run")
+    methods = [step["method"] for step in result.record["steps"]]
+    assert methods[:2] == ["quantize.ptq-int8", "quantize.quantize"]
+    assert result.record["steps"][0]["details"]["data-free"] is True
+    assert any("data" in warning for warning in result.record["steps"][0]["warnings"])
+    assert "data-free" in (tmp_path / "run" / "record.json").read_text()

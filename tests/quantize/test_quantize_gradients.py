@@ -13,8 +13,6 @@ from espalier.core.callback import Callback
 from espalier.core.context import Context
 from espalier.core.errors import UsageError
 from espalier.core.parametrize import slots
-from espalier.core.task import Task, classification
-from espalier.data import standard
 from espalier.quantize import GradientQuantizer, Quantize
 from espalier.quantize.dorefa_gradient import dorefa_gradient
 from espalier.quantize.error_quantization import ErrorQuantization
@@ -30,12 +28,6 @@ VALUES = torch.tensor([0.7, -0.31, 0.02, 0.0, -1.3, 0.9])
 
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
-
-
-@pytest.fixture(scope="module")
-def task() -> Task:
-    digits = standard("digits")
-    return classification(digits.train, digits.val)
 
 
 def network() -> nn.Module:

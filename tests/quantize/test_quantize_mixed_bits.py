@@ -15,7 +15,6 @@ from espalier.core.model import copy_model
 from espalier.core.parametrize import bake, slots
 from espalier.core.recipe import Recipe
 from espalier.core.task import Task, classification
-from espalier.data import standard
 from espalier.prune import Prune
 from espalier.quantize import BWN, LSQ, TWN, AffineInput, Quantize, allocation, mixed_bits
 from espalier.quantize.allocation import allocate
@@ -23,12 +22,6 @@ from espalier.quantize.hutchinson import mean_traces
 from espalier.quantize.mixed_bits import MixedBits
 from espalier.share import KMeans
 from espalier.train import Finetune
-
-
-@pytest.fixture(scope="module")
-def task() -> Task:
-    digits = standard("digits")
-    return classification(digits.train, digits.val)
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,6 @@ from espalier.core.errors import ModelError, UnknownNameError, UsageError
 from espalier.core.inputs import quantized_inputs
 from espalier.core.parametrize import slots
 from espalier.core.quantized import QuantizedWeight
-from espalier.core.task import Task, classification
-from espalier.data import standard
 from espalier.quantize import BWN, LSQ, QAT, AffineInput, Quantize, Scheme
 from espalier.quantize.guided import Guide, Guided, default_layers, hint
 from espalier.quantize.progressive import Progressive
@@ -26,12 +24,6 @@ from espalier.quantize.two_stage import TwoStage
 from espalier.runs.checkpoint import EpochFile
 from espalier.testing.compare import bits
 from espalier.train import SGD, Finetune
-
-
-@pytest.fixture(scope="module")
-def task() -> Task:
-    digits = standard("digits")
-    return classification(digits.train, digits.val)
 
 
 def network() -> nn.Module:

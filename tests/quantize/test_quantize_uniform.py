@@ -18,8 +18,7 @@ from espalier.core.parametrize import freeze, plain, slots
 from espalier.core.quantized import QuantizedWeight, WeightQuantizer
 from espalier.core.representation import Affine as StoredAffine
 from espalier.core.representation import Codebook, Dense
-from espalier.core.task import Task, classification
-from espalier.data import standard
+from espalier.core.task import Task
 from espalier.graph import trace
 from espalier.prune import Prune
 from espalier.quantize import Quantize
@@ -56,12 +55,6 @@ def named(item: object) -> str:
 
 def few(method: WeightQuantizer) -> int:
     return next((b for b in (3, 8, 16) if b in method.widths), 3)
-
-
-@pytest.fixture(scope="module")
-def task() -> Task:
-    digits = standard("digits")
-    return classification(digits.train, digits.val, digits.test)
 
 
 @pytest.fixture(scope="module")

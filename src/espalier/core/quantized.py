@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from espalier.core.context import Context
 
 LARGEST_TABLE = 2**16
+_WIDTHS: tuple[type[np.integer[Any]], ...] = (np.int8, np.uint8, np.int16, np.int32)
 
 
 class State(nn.Module):
@@ -192,8 +193,7 @@ def affine(
             wide = spread(zero, values.shape, group)
         codes = torch.where(w.kept, codes, wide.to(codes.dtype))
     low, high = int(codes.min()) if codes.numel() else 0, int(codes.max()) if codes.numel() else 0
-    width = np.int8 if low >= -128 and high <= 127 else np.uint8 if low >= 0 and high <= 255 else np.int32
-    width = width if width is not np.int32 or low < -(2**15) or high >= 2**15 else np.int16  # type: ignore[assignment]
+    width = next(w for w in _WIDTHS if np.iinfo(w).min <= low and high <= np.iinfo(w).max)
     found = Affine(
         shape=tuple(values.shape), dtype=dtype_name(values.dtype), codes=to_numpy(codes).astype(width),
         scale=to_numpy(scale.float()), zero_point=to_numpy(zero).astype(np.int32), bits_per_code=w.bits, axis=axis,
@@ -222,7 +222,7 @@ class QuantizedWeight(Form):
 
     def __init__(
         self, method: WeightQuantizer, weight: Tensor, bits: int, *, axis: int | None = 0, inner: Form | None = None,
-        latent: Tensor | None = None, name: str = "",
+        name: str = "",
     ) -> None:  # fmt: skip
         """``weight``: the effective weight so far, or with ``Shared`` its centroids, which are the latent tensor."""
         super().__init__()
@@ -230,7 +230,7 @@ class QuantizedWeight(Form):
         self.axis = None if isinstance(inner, Shared) else axis
         self.inner = inner
         self.state = State(method.start(weight.detach(), bits, self.axis, self.kept))
-        self._initial = method.latent(weight.detach(), bits) if latent is None else latent
+        self._initial = method.latent(weight.detach(), bits)
 
     @property
     def kept(self) -> Tensor | None:

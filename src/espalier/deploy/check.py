@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -27,6 +27,7 @@ ROUNDED_DB = 25.0
 """Least SQNR of an output of a model that rounds its activations: a tie that another order of sums breaks the other way
 is a whole step, so the largest difference says little there."""
 
+Array = NDArray[Any]
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -59,11 +60,19 @@ def difference(got: Tensor, wanted: Tensor) -> float:
     return float(gap.max() / b[finite].abs().max().clamp_min(1e-30))
 
 
-def sqnr(got: Tensor, wanted: Tensor) -> float:
-    """10 log10(sum wanted^2 / sum (wanted - got)^2) in dB; infinite where they are equal."""
-    a, b = got.detach().cpu().double(), wanted.detach().cpu().double()
-    noise = float((a - b).square().sum())
-    return 10 * math.log10(max(float(b.square().sum()), 1e-300) / noise) if noise else math.inf
+def sqnr(wanted: Sequence[Tensor | Array], got: Sequence[Tensor | Array]) -> float:
+    """10 log10(sum wanted^2 / sum (wanted - got)^2) over all tensors together, in dB; infinity where equal."""
+    pairs = [(_wide(w), _wide(g)) for w, g in zip(wanted, got, strict=True)]
+    signal = sum(float((w**2).sum()) for w, _ in pairs)
+    noise = sum(float(((w - g) ** 2).sum()) for w, g in pairs)
+    if not np.isfinite(noise):
+        return float("-inf")
+    return float("inf") if noise == 0 else float(10 * np.log10(signal / noise)) if signal else float("-inf")
+
+
+def _wide(values: Tensor | Array) -> Array:
+    array = values.detach().cpu().double().numpy() if isinstance(values, Tensor) else values
+    return array.astype(np.float64, copy=False)
 
 
 def rounds(model: nn.Module) -> bool:
@@ -141,7 +150,7 @@ def _worst(
     for name, a, b in zip(session.signature.outputs, got, wanted, strict=True):
         gap = difference(a, b)
         worst = max(worst, gap)
-        if gap <= tolerance or (gap < float("inf") and rounds(model) and sqnr(a, b) >= ROUNDED_DB):
+        if gap <= tolerance or (gap < float("inf") and rounds(model) and sqnr([b], [a]) >= ROUNDED_DB):
             continue
         shapes = f"{tuple(a.shape)} {a.dtype} against {tuple(b.shape)} {b.dtype}".replace("torch.", "")
         why = " Forward hooks are not exported: put what they compute into forward." if _hooked(model) else ""

@@ -23,8 +23,8 @@ def coverage(model: nn.Module, places: Sequence[Place], context: Context) -> dic
     """Plain data: bits of each weight and input, and the shares. Raises ``UsageError`` where nothing was quantized.
 
     ``parameters``: the share of all parameters whose weight is on a grid; ``macs``: the share of the multiply-adds of
-    such weights, None where the model cannot be traced; ``layers``: of the weights of two dimensions or more. Layers
-    that were left out stand among the step's skipped ones.
+    such weights, None where the model cannot be traced; ``layers``: those whose weights are all on a grid, of those
+    that have a weight of two dimensions or more. What was left out stands among the step's skipped ones.
     """
     found = slots(model)
     rows = {
@@ -38,12 +38,14 @@ def coverage(model: nn.Module, places: Sequence[Place], context: Context) -> dic
     if not rows and not inputs and places:
         why = "; ".join(f"{row['name']}: {row['reason']}" for row in context.record.skipped[:5])
         raise UsageError(f"nothing was quantized: {why or 'no layer was chosen'}. Choose other layers, or ends=same.")
+    layers = {slot.path for slot in weights(model)}
+    open_ = {slot.path for slot in weights(model) if slot.name not in rows}
     covered = sum(found[name].shape.numel() for name in rows)
     total = sum(slot.shape.numel() for slot in found.values())
     return {
         "weights": rows,
         "inputs": inputs,
-        "layers": f"{len(rows)} of {weights(model).count}",
+        "layers": f"{len(layers - open_)} of {len(layers)}",
         "parameters": covered / max(1, total),
         "macs": _share_of_macs(model, set(rows), context),
     }

@@ -192,7 +192,7 @@ def disagreement(first: nn.Module, second: nn.Module, task: Task, allowed: float
     with evaluating(first), evaluating(second):
         a, b = first_tensor(task.predict(first, batch)), first_tensor(task.predict(second, batch))
     far = float((a - b).abs().max() / b.abs().max().clamp_min(1e-30)) if a.numel() else 0.0
-    if far <= allowed or (rounds(second) and sqnr(a, b) >= ROUNDED_DB):
+    if far <= allowed or (rounds(second) and sqnr([b], [a]) >= ROUNDED_DB):
         return 0.0
     return far
 

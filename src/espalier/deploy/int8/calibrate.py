@@ -128,17 +128,6 @@ def _finite_inputs(signature: Signature, arrays: Sequence[Array], number: int) -
             raise DataError(f"the input {name!r} of calibration batch {number} has no samples.")
 
 
-def sqnr(wanted: Sequence[Array], got: Sequence[Array]) -> float:
-    """10 log10(sum wanted^2 / sum (wanted - got)^2) over all arrays together, in dB; infinity where equal."""
-    signal = sum(float((w.astype(np.float64) ** 2).sum()) for w in wanted)
-    noise = sum(
-        float(((w.astype(np.float64) - g.astype(np.float64)) ** 2).sum()) for w, g in zip(wanted, got, strict=True)
-    )
-    if not np.isfinite(noise):
-        return float("-inf")
-    return float("inf") if noise == 0 else float(10 * np.log10(signal / noise)) if signal else float("-inf")
-
-
 def outputs(module: nn.Module, calls: Sequence[Call]) -> list[Array]:
     """What a module gives for ``calls``: every floating-point output, flat, in order."""
     found: list[Array] = []

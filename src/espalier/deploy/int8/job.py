@@ -14,9 +14,9 @@ from torch import nn
 from espalier.core.errors import ModelError
 from espalier.core.parametrize import freeze, plain
 from espalier.deploy import runtimes
-from espalier.deploy.check import Call, resized
+from espalier.deploy.check import Call, resized, sqnr
 from espalier.deploy.export import OTHER_BATCHES, example_call
-from espalier.deploy.int8.calibrate import calibrate, outputs, sqnr
+from espalier.deploy.int8.calibrate import calibrate, outputs
 from espalier.deploy.int8.count import coverage_of
 from espalier.deploy.int8.executed import ASK
 from espalier.deploy.int8.insert import Written, write_qdq
