@@ -45,9 +45,9 @@ def export_int8(
         model, task, calls(task, model), path, runtime=runtime, reference=project.model, keep_fp32=tuple(keep_fp32),
         progress=progress,
     )  # fmt: skip
-    found: dict[str, Any] = {"to": "int8", **done.to_json(), "said": str(done.coverage)}
+    found: dict[str, Any] = {**done.to_json(), "to": "int8", "said": str(done.coverage), "notes": list(done.notes)}
     if task.train is None:
-        found["notes"] = [*found["notes"], "there is no training data: what has no range yet was calibrated on val"]
+        found["notes"].append("there is no training data: what has no range yet was calibrated on val")
     if runtime in deploy.available():
         found["latency"] = timed(project.model, task, done.path, runtime, threads)
         if task.val is not None:
