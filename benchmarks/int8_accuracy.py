@@ -318,7 +318,7 @@ class Bench:
             file = folder / f"ours{'.xml' if target == 'openvino' else '.onnx'}"
             done = to_int8(
                 model, self.network.test.x[:2], loader_inputs(loader), file, runtime=target,
-                reference=self.network.model,
+                observer=step.observer.streaming, reference=self.network.model,
             )  # fmt: skip
             found, answers = self.judged(in_runtime(file, target))
             found["minus_memory"] = round(found["accuracy"] - measured["accuracy"], 3)

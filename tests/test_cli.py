@@ -738,12 +738,20 @@ def test_quantize_int8_writes_runs_and_times_a_file(espalier, folder):
     code, out, error = espalier("export", "runs/8", "--to", "int8", "--runtime", "tensorrt", "--out", "again.onnx")
     assert code == 0, error
     assert "tensorrt was not run" in out
+    code, out, error = espalier(
+        "export", "runs/8", "--to", "int8", "--runtime", "onnxruntime", "--observer", "mse", "--out", "mse.onnx"
+    )
+    assert code == 0, error
+    code, out, error = espalier("quantize", "project.py", "--int8", "--observer", "mean", "--out", "runs/9")
+    assert code == 2
+    assert "no observer is called 'mean'" in error
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         (("--activation-bits", "4"), ("activation_bits has no say without activations",)),
+        (("--observer", "mse"), ("--observer calibrates an int8 file",)),
         (("--gradient-bits", "4", "--epochs", "1"), ("gradient_bits has no say without gradients",)),
         (("--weights", "xnor"), ("no weight quantizer is called 'xnor'",)),
         (("--weights", "{twn: {solutio: exact}}"), ("solutio", "solution")),

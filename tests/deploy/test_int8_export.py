@@ -14,13 +14,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from espalier import deploy
+from espalier.core.context import Context
 from espalier.core.errors import DataError, ModelError, NeedError, NumericError, UnknownNameError, UsageError
 from espalier.core.forms import Form
+from espalier.core.inputs import QuantizedInput
 from espalier.core.parametrize import attach, slots
 from espalier.core.representation import Affine, Representation
 from espalier.deploy import installed
 from espalier.deploy.int8 import PROFILES, Int8Exported, MinMax, Processor
 from espalier.deploy.signature import signature_of
+from espalier.quantize.minmax import MinMax as RangeOf
+from espalier.quantize.percentile import Percentile
+from espalier.quantize.ptq_int8 import PTQInt8
+from espalier.tasks import classification
 
 for _package in ("onnx", "onnxscript", "onnxruntime", "openvino"):
     pytest.importorskip(_package, reason=f"{_package} is not installed; pip install espalier[deploy]")
@@ -484,3 +490,64 @@ def test_bf16_is_openvinos(block: Int8Exported, tmp_path: Path) -> None:
     for precision in ("bf16", "auto"):
         found = deploy.open(tmp_path / "m.onnx", "openvino", precision=precision).module()(IMAGES)
         assert torch.allclose(found, wanted, atol=0.1)
+
+
+class Fire(nn.Module):
+    """Pools and concatenations between convolutions: what a trained grid must pass through unchanged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.squeeze, self.out = nn.Conv2d(3, 8, 3), nn.Conv2d(16, 6, 1), nn.Conv2d(12, 5, 1)
+        self.a, self.b = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 3, padding=1)
+        self.c, self.d = nn.Conv2d(6, 6, 1), nn.Conv2d(6, 6, 3, padding=1)
+        self.fc = nn.Linear(45, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(F.relu(self.stem(x)), 2)
+        x = F.max_pool2d(torch.cat([F.relu(self.a(x)), F.relu(self.b(x))], 1), 2)
+        x = F.relu(self.squeeze(x))
+        x = self.out(torch.cat([F.relu(self.c(x)), F.relu(self.d(x))], 1))
+        return self.fc(x.flatten(1))
+
+
+@pytest.fixture(scope="module")
+def fire() -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    model, x = Fire().eval(), torch.randn(32, 3, 14, 14)
+    data = [(x[i : i + 16], torch.zeros(16, dtype=torch.long)) for i in (0, 16)]
+    return PTQInt8()(model, Context(task=classification(data))), x
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_a_grid_behind_pools_and_concatenations_is_the_only_one(
+    runtime: str, fire: tuple[nn.Module, Tensor], tmp_path: Path
+) -> None:
+    quantized, x = fire
+    done = deploy.to_int8(quantized, x[:2], [3 * x], tmp_path / "m.onnx", runtime=runtime, processor=VNNI)
+    assert done.sqnr > 55, "calibration on other data changes nothing: every grid is the model's own"
+    assert not done.coverage.in_float
+    stored = constants(done.path)
+    scales = {float(a) for name, a in stored.items() if name.endswith("/scale") and a.ndim == 0}
+    trained = {float(m.state["scale"]) for m in quantized.modules() if isinstance(m, QuantizedInput)}
+    assert scales == {float(np.float32(scale)) for scale in trained}
+
+
+def test_grids_that_tensorrt_cannot_hold_are_said_in_one_line(fire: tuple[nn.Module, Tensor], tmp_path: Path) -> None:
+    quantized, x = fire
+    done = deploy.to_int8(quantized, x[:2], [x], tmp_path / "m.onnx", runtime="tensorrt")
+    assert sum("quantized anew" in note for note in done.notes) == 1
+    assert not broken_rules(ir.load(done.path))
+
+
+def test_the_observers_of_quantization_watch_exports(tmp_path: Path) -> None:
+    x = torch.randn(64, 6, generator=torch.Generator().manual_seed(0))
+    x[0, 0] = 100.0
+    model = nn.Sequential(nn.Linear(6, 5)).eval()
+    found = {
+        name: float(
+            constants(deploy.to_int8(model, x[:2], [x, x], tmp_path / f"{name}.onnx", observer=o).path)["input/scale"]
+        )
+        for name, o in {"all": MinMax, "minmax": RangeOf().streaming, "share": Percentile(share=0.99).streaming}.items()
+    }
+    assert found["minmax"] == pytest.approx(found["all"], rel=1e-6)
+    assert found["share"] < found["all"] / 10

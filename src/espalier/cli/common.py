@@ -21,6 +21,9 @@ Layers = Annotated[list[str] | None, typer.Option(help="Layers by name, type:Con
 KeepFp32 = Annotated[
     list[str] | None, typer.Option(help="Of int8: layers or activations by name that stay in fp32; repeat for more.")
 ]
+Watching = Annotated[
+    str | None, typer.Option(help="Of int8: ranges of activations by minmax, percentile, mse, entropy or ema [minmax].")
+]
 Part = Annotated[str | None, typer.Option(help="Of a transformer: heads, width, feed-forward or hidden alone.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")]
 

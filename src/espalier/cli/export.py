@@ -28,6 +28,7 @@ def export(
     tolerance: float,
     runtime: str | None = None,
     keep_fp32: list[str] | None = None,
+    observer: str | None = None,
     progress: Any = None,
 ) -> dict[str, Any]:
     """Write, run, compare and time; everything as plain data."""
@@ -37,8 +38,8 @@ def export(
     if to not in (*FORMATS, "int8"):
         allowed = (*FORMATS, "int8")
         raise UsageError(f"--to {to!r} is not a format.{did_you_mean(to, allowed)} Allowed: {', '.join(allowed)}.")
-    if (runtime is not None or keep_fp32) and to != "int8":
-        raise UsageError("--runtime and --keep-fp32 are about an int8 file; give --to int8.")
+    if (runtime is not None or keep_fp32 or observer is not None) and to != "int8":
+        raise UsageError("--runtime, --keep-fp32 and --observer are about an int8 file; give --to int8.")
     if runtime is not None:
         int8.check_runtime(runtime)
     model, loaded = _load(source, project, codes=to == "int8")
@@ -49,9 +50,12 @@ def export(
         if loaded is None:
             raise UsageError("--to int8 calibrates on data: name the project file, --project project.py.")
         folder = out or (source if source.is_dir() else source.parent)
+        from espalier.cli.quantize import observer_of
+
         return export_int8(
-            model, loaded, folder, runtime, keep_fp32=keep_fp32 or (), threads=threads, progress=progress
-        )
+            model, loaded, folder, runtime, keep_fp32=keep_fp32 or (), threads=threads, observer=observer_of(observer),
+            progress=progress,
+        )  # fmt: skip
     path = out or _beside(source, to)
     if to == "safetensors":
         return {"to": to, **deploy.to_safetensors(model, path).to_json()}

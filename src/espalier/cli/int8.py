@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from espalier.cli.project import Project
     from espalier.core.task import Task
+    from espalier.quantize.parts import Observer
 
 CALIBRATION = 300
 """Samples that calibrate what no training has fixed: as many as the usual tools take."""
@@ -29,11 +30,12 @@ def export_int8(
     *,
     threads: int = 1,
     keep_fp32: Sequence[str] = (),
+    observer: Observer | None = None,
     progress: Tell | None = None,
 ) -> dict[str, Any]:
     """Write, run, compare and time; everything as plain data. ``model``: with its codes, where it has some."""
     from espalier import deploy
-    from espalier.deploy.int8 import to_int8
+    from espalier.deploy.int8 import MinMax, to_int8
 
     task = project.task
     runtime = runtime or next((name for name in ("openvino", "onnxruntime") if name in deploy.available()), None)
@@ -43,7 +45,7 @@ def export_int8(
     path = out if out.suffix else out / ("model.int8.xml" if runtime == "openvino" else "model.int8.onnx")
     done = to_int8(
         model, task, calls(task, model), path, runtime=runtime, reference=project.model, keep_fp32=tuple(keep_fp32),
-        progress=progress,
+        observer=MinMax if observer is None else observer.streaming, progress=progress,
     )  # fmt: skip
     found: dict[str, Any] = {**done.to_json(), "to": "int8", "said": str(done.coverage), "notes": list(done.notes)}
     if task.train is None:

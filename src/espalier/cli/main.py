@@ -17,6 +17,7 @@ from espalier.cli.common import (
     ProjectFile,
     Resume,
     Threads,
+    Watching,
     emit,
     noted_project,
     prepare,
@@ -190,6 +191,7 @@ def export(
     to: Annotated[str, typer.Option(help="onnx, openvino, safetensors, or int8 for a runtime.")] = "onnx",
     runtime: Annotated[str | None, typer.Option(help="Of int8: onnxruntime, openvino or tensorrt.")] = None,
     keep_fp32: KeepFp32 = None,
+    observer: Watching = None,
     out: Annotated[Path | None, typer.Option(help="The file to write [model.onnx, .xml, .safetensors beside].")] = None,
     project: Annotated[
         Path | None, typer.Option(help="Project file whose task gives example and metric [the run's own].")
@@ -207,7 +209,7 @@ def export(
     with warnings_as_sentences(), shown(quiet=as_json) as listener:
         found = exporting.export(
             source, to, out, project or noted_project(source), threads=threads, tolerance=tolerance, runtime=runtime,
-            keep_fp32=keep_fp32,            progress=telling(listener, "export"),
+            keep_fp32=keep_fp32, observer=observer, progress=telling(listener, "export"),
         )  # fmt: skip
     if as_json:
         emit(found)

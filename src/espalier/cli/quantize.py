@@ -17,6 +17,7 @@ from espalier.cli.common import (
     ProjectFile,
     Resume,
     Threads,
+    Watching,
     prepare,
     say,
     show_record,
@@ -27,6 +28,7 @@ from espalier.core.errors import UsageError
 if TYPE_CHECKING:
     from espalier.api import Result
     from espalier.cli.project import Project
+    from espalier.quantize.parts import Observer
 
 PART = "A name, or a name with fields: '{twn: {solution: exact}}'."
 Quantizer = Annotated[str | None, typer.Option(help=PART)]
@@ -40,6 +42,7 @@ def quantize(
     ] = False,
     runtime: Annotated[str | None, typer.Option(help="With --int8: onnxruntime, openvino or tensorrt.")] = None,
     keep_fp32: KeepFp32 = None,
+    observer: Watching = None,
     weights: Quantizer = None,
     bits: Width = None,
     activations: Quantizer = None,
@@ -80,12 +83,18 @@ def quantize(
     }  # fmt: skip
     fields = {name: value for name, value in given.items() if value is not None}
     with warnings_as_sentences():
-        check_options(fields, runtime, int8=int8, keep_fp32=keep_fp32)
+        check_options(fields, runtime, int8=int8, keep_fp32=keep_fp32, observer=observer)
+        watching = observer_of(observer)
+        if watching is not None:
+            fields["observer"] = read(observer)
         loaded = load_project(project)
         recipe = Recipe(steps=(step(fields, int8=int8),))
         result = run(loaded, recipe, project, out, seed=seed, resume=resume, quiet=as_json)
         if int8:
-            deploy(result, loaded, project, out, runtime, keep_fp32=keep_fp32 or (), threads=threads, quiet=as_json)
+            deploy(
+                result, loaded, project, out, runtime, keep_fp32=keep_fp32 or (), observer=watching, threads=threads,
+                quiet=as_json,
+            )  # fmt: skip
     show_record(result.record, out, as_json=as_json)
     for line in covered(result.record) if not as_json else ():
         say(line)
@@ -93,7 +102,7 @@ def quantize(
 
 def deploy(
     result: Result, loaded: Project, project: Path, out: Path, runtime: str | None, *, keep_fp32: Sequence[str],
-    threads: int | None, quiet: bool,
+    observer: Observer | None, threads: int | None, quiet: bool,
 ) -> None:  # fmt: skip
     """Write the int8 file of a run's result into its folder, and what was measured of it into record and report."""
     from espalier import api
@@ -105,8 +114,9 @@ def deploy(
     model, _ = load_result(out / "model.espalier", project, codes=True)
     with shown(quiet=quiet) as listener:
         result.record["int8"] = export_int8(
-            model, loaded, out, runtime, keep_fp32=keep_fp32, threads=threads or 1, progress=telling(listener, "int8")
-        )
+            model, loaded, out, runtime, keep_fp32=keep_fp32, threads=threads or 1, observer=observer,
+            progress=telling(listener, "int8"),
+        )  # fmt: skip
     write_atomic(out / "record.json", json.dumps(result.record, indent=1).encode())
     api.write_report(out, result.record)
 
@@ -126,9 +136,15 @@ def read(text: str | None) -> Any:
 
 
 def check_options(
-    fields: dict[str, Any], runtime: str | None, *, int8: bool, keep_fp32: list[str] | None = None
-) -> None:
+    fields: dict[str, Any], runtime: str | None, *, int8: bool, keep_fp32: list[str] | None = None,
+    observer: str | None = None,
+) -> None:  # fmt: skip
     """Raise ``UsageError`` for options that have no say together."""
+    if observer is not None and not int8:
+        raise UsageError(
+            "--observer calibrates an int8 file; give --int8 as well, or name it in the input quantizer: --activations "
+            f"'{{affine-input: {{observer: {observer}}}}}'."
+        )
     if keep_fp32 and not int8:
         raise UsageError("--keep-fp32 names layers that an int8 file leaves in fp32; give --int8 as well.")
     if runtime is not None:
@@ -151,6 +167,14 @@ def step(fields: dict[str, Any], *, int8: bool) -> Any:
     from espalier.core.recipe import step_from_data
 
     return step_from_data({"quantize.ptq-int8" if int8 else "quantize.quantize": fields})
+
+
+def observer_of(text: str | None) -> Observer | None:
+    """What ``--observer`` names. Raises ``UnknownNameError`` or ``UsageError`` for what is none."""
+    if text is None:
+        return None
+    found: Observer = step({"observer": read(text)}, int8=True).observer
+    return found
 
 
 def covered(record: dict[str, Any]) -> list[str]:

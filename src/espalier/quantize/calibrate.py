@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
@@ -15,6 +16,9 @@ from espalier.core.context import Context
 from espalier.core.errors import NumericError
 from espalier.core.inputs import Observed
 from espalier.train.looking import batches, looking
+
+if TYPE_CHECKING:
+    from espalier.quantize.parts import Observer
 
 SAMPLE = 2**18
 PER_BATCH = 2**15
@@ -43,6 +47,23 @@ class _Watch:
         if len(sample) > SAMPLE:
             sample = sample[torch.randperm(len(sample), generator=self.generator)[:SAMPLE]]
         return Observed(sample, torch.stack(self.extremes))
+
+
+class Streaming:
+    """One activation watched by ``observer``: what ``espalier.deploy.to_int8(observer=...)`` makes for each."""
+
+    def __init__(self, observer: Observer) -> None:
+        self.observer, self.watch = observer, _Watch(torch.Generator().manual_seed(0))
+
+    def update(self, array: npt.NDArray[Any]) -> None:
+        """Look at one batch, of any shape."""
+        self.watch.add(torch.from_numpy(array))
+
+    def range(self) -> tuple[float, float]:
+        """The smallest and the largest value that 8 bits should tell apart."""
+        seen = self.watch.seen()
+        low, high = self.observer.range(seen.sample[None], seen.extremes[None], 8, symmetric=False)
+        return float(low), float(high)
 
 
 def observe(model: nn.Module, layers: Mapping[str, nn.Module], context: Context, count: int) -> dict[str, Observed]:

@@ -19,6 +19,7 @@ from espalier.core.inputs import ActivationQuantizer
 from espalier.core.method import Method
 from espalier.core.parametrize import Slot
 from espalier.core.quantized import WeightQuantizer
+from espalier.quantize.calibrate import Streaming
 
 if TYPE_CHECKING:
     from espalier.quantize.quantize import Quantize
@@ -37,6 +38,10 @@ class Observer(Method):
         ``extremes``: (rows, batches, 2), the smallest and largest value of each batch in the order they came; weights
         are one batch. ``symmetric``: codes lie around zero, so the range will be ``+-max(-low, high)``.
         """
+
+    def streaming(self) -> Streaming:
+        """Watch one activation of an int8 export: ``to_int8(..., observer=Mse().streaming)``."""
+        return Streaming(self)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -58,11 +58,18 @@ class _Writer:
         self.grids = {value: grids[places.leader[value]] for value in places.values}
         self.int8 = {*places.products, *places.follow}
         self.done = Written()
+        self.unfit: list[str] = []
         self.weights: dict[tuple[ir.Value, int], tuple[ir.Value, Codes]] = {}
 
     def write(self) -> None:
         self._drop_cuts()
         markers = {node: self._marker_grid(node) for node in self.graph if is_marker(node)}
+        if self.unfit:
+            named = ", ".join(self.unfit[:3]) + (f" and {len(self.unfit) - 3} more" if len(self.unfit) > 3 else "")
+            self.done.notes.append(
+                f"trained grids that do not fit {self.profile.container}"
+                f"{' without zero point' if self.profile.symmetric else ''}: {named}; their ranges are quantized anew"
+            )
         for node in self.places.products:
             self._product(node, markers)
         for value, grid in self.grids.items():
@@ -163,11 +170,7 @@ class _Writer:
         name = str(node.name)
         if grid is not None:
             return grid
-        self.done.notes.append(
-            f"the trained grid of {name} (codes {trained.low} to {trained.high}, zero point {trained.zero_point}) does "
-            f"not fit {self.profile.container}{' without zero point' if self.profile.symmetric else ''}; its range is "
-            "quantized anew"
-        )
+        self.unfit.append(name)
         wider = from_range(*trained.range, self.profile, name)
         low, high = (int(np.rint(end / wider.scale)) + wider.zero_point for end in trained.range)
         return replace(wider, low=max(low, wider.low), high=min(high, wider.high), trained=True)

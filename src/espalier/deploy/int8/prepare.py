@@ -26,7 +26,7 @@ from espalier.deploy.int8.network import (
     shape_of,
 )
 from espalier.deploy.int8.profile import RuntimeProfile
-from espalier.deploy.int8.trained import absorb_cuts, fixed_weight, is_marker, mark_pairs, share_grids
+from espalier.deploy.int8.trained import fixed_weight, is_marker, mark_pairs, settle
 from espalier.deploy.int8.weights import Fixed
 from espalier.deploy.runtimes import Array
 
@@ -51,10 +51,7 @@ def prepare(path: Path, profile: RuntimeProfile) -> tuple[ir.Model, list[Fixed]]
     folded = 1
     while folded:
         folded = sum(_fold(graph, node) for node in tuple(graph))
-    for node in tuple(graph):
-        if is_marker(node):
-            absorb_cuts(node)
-    share_grids(graph, profile.needs_result)
+    settle(graph, profile)
     for node in tuple(graph):
         _mean_as_pool(node)
         _plain_gemm(graph, node)

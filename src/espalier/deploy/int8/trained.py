@@ -9,6 +9,7 @@ from espalier.core.errors import ModelError
 from espalier.deploy.int8.grid import LIMITS, Grid
 from espalier.deploy.int8.markers import DOMAIN, OPERATOR
 from espalier.deploy.int8.network import (
+    activations,
     attribute,
     constant,
     cut_bounds,
@@ -19,6 +20,7 @@ from espalier.deploy.int8.network import (
     remove,
     replace_uses,
 )
+from espalier.deploy.int8.profile import CARRY, RuntimeProfile
 from espalier.deploy.int8.weights import Fixed
 
 
@@ -65,7 +67,56 @@ def fixed_weight(graph: ir.Graph, node: ir.Node) -> Fixed | None:
     return Fixed(name, codes, scale, axis if scale.ndim else None, int(high - low).bit_length())
 
 
-def absorb_cuts(node: ir.Node) -> None:
+def settle(graph: ir.Graph, profile: RuntimeProfile) -> None:
+    """Bring every trained grid to the layer whose result it rounds; the numbers stay what they were in training."""
+    for _ in range(2):  # a grid that was raised meets the cuts and the readers of another tensor
+        for node in tuple(graph):
+            if is_marker(node):
+                _absorb_cuts(node)
+        _share_grids(graph, profile.needs_result)
+        for node in reversed(tuple(graph)):
+            if is_marker(node):
+                _raise(node, keep=profile.carried)
+
+
+def _raise(node: ir.Node, *, keep: bool) -> None:
+    """Round before a concatenation or what only moves numbers, not behind it, where nothing else reads that.
+
+    Rounding is element by element and monotone, so it commutes with both and with max pooling. A runtime would round
+    there in any case, and on another grid a second time. ``keep``: the grid also stays where it was.
+    """
+    given = node.inputs[0]
+    made = given.producer() if given is not None and only_reader(given) is node else None
+    if made is None or made.domain or made.op_type not in CARRY | {"Concat"}:
+        return
+    sources = [value for value in made.inputs if value is not None] if made.op_type == "Concat" else [made.inputs[0]]
+    if any(value is None or value not in activations(made) for value in sources):
+        return
+    sources = [value for value in dict.fromkeys(sources) if not _is_on(value, node)]
+    for number, value in enumerate(sources):
+        name = str(node.name) if not number else f"{node.name}/{number}"
+        if keep or made.op_type == "Concat":
+            name += f"/{made.op_type}"
+        out = insert(made, OPERATOR, [value, *node.inputs[1:]], name,
+                     {key: found.value for key, found in node.attributes.items()}, like=value, before=True)  # fmt: skip
+        raised = out.producer()
+        if raised is not None:
+            raised.domain = DOMAIN
+            for index, source in enumerate(made.inputs):
+                if source is value:
+                    made.replace_input_with(index, out)
+            _raise(raised, keep=keep)
+    if not keep and made.op_type != "Concat" and given is not None:
+        replace_uses(node.outputs[0], given)
+        remove(node)
+
+
+def _is_on(value: ir.Value | None, marker: ir.Node) -> bool:
+    made = value.producer() if value is not None else None
+    return made is not None and is_marker(made) and _same_grid(made, marker)
+
+
+def _absorb_cuts(node: ir.Node) -> None:
     """Narrow the codes of a marker by the Relu or Clip before it, if nothing else reads that, and go around it.
 
     Rounding is monotone, so Q(min(max(x, a), b)) = min(max(Q(x), Q(a)), Q(b)): the numbers stay the same.
@@ -86,7 +137,7 @@ def absorb_cuts(node: ir.Node) -> None:
         remove(cut)
 
 
-def share_grids(graph: ir.Graph, needs_result: frozenset[str]) -> None:
+def _share_grids(graph: ir.Graph, needs_result: frozenset[str]) -> None:
     """One tensor, one grid: equal markers of a tensor become one.
 
     Where the layer that makes the tensor must give it on a grid (``needs_result``) and a marker has all 256 codes,
@@ -107,9 +158,9 @@ def share_grids(graph: ir.Graph, needs_result: frozenset[str]) -> None:
 
 
 def _maker(value: ir.Value) -> str:
-    """The operator that makes ``value``, before a Relu or Clip; empty for an input."""
+    """The operator that makes ``value``, before what cuts or moves its numbers; empty for an input."""
     made = value.producer()
-    while made is not None and made.op_type in ("Relu", "Clip") and made.inputs[0] is not None:
+    while made is not None and made.op_type in CARRY | {"Relu", "Clip"} and made.inputs[0] is not None:
         made = made.inputs[0].producer()
     return made.op_type if made is not None else ""
 
