@@ -8,17 +8,20 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from espalier.core.errors import NeedError, UsageError, did_you_mean
+from espalier.core.errors import ModelError, NeedError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
     from torch import nn
 
     from espalier.cli.project import Project
     from espalier.core.task import Task
+    from espalier.deploy.int8 import Int8Exported
     from espalier.quantize.parts import Observer
 
 CALIBRATION = 300
 """Samples that calibrate what no training has fixed: as many as the usual tools take."""
+LARGEST_DROP = 0.003
+"""Of the metric's value: a file that is further below the quantized model in torch is not kept."""
 Tell = Callable[[str, int, int], None]
 
 
@@ -51,9 +54,9 @@ def export_int8(
     if task.train is None:
         found["notes"].append("there is no training data: what has no range yet was calibrated on val")
     if runtime in deploy.available():
-        found["latency"] = timed(project.model, task, done.path, runtime, threads)
         if task.val is not None:
-            found["metric"] = measured(project.model, model, task, done.path, runtime, threads)
+            found["metric"] = measured(project.model, model, task, done, threads)
+        found["latency"] = timed(project.model, task, done.path, runtime, threads)
     return found
 
 
@@ -114,17 +117,27 @@ def timed(original: nn.Module, task: Task, path: Path, runtime: str, threads: in
     return {name: row.to_json() for name, row in rows.items()}
 
 
-def measured(
-    original: nn.Module, model: nn.Module, task: Task, path: Path, runtime: str, threads: int
-) -> dict[str, Any]:
-    """The metric on val of the original, of the model as it is in torch, and of the file."""
+def measured(original: nn.Module, model: nn.Module, task: Task, done: Int8Exported, threads: int) -> dict[str, Any]:
+    """The metric on val of the original, of the model as it is in torch, and of the file.
+
+    Raises ``ModelError`` and deletes the file where it is worse than the model in torch by more than ``LARGEST_DROP``
+    of the value and the standard error.
+    """
     from espalier import deploy
 
-    file = deploy.open(path, runtime, threads=threads).module()
-    scores = {"fp32": original, "in torch": model, f"{runtime}, int8": file}
-    found = {name: task.measure(candidate, "val", original) for name, candidate in scores.items()}
-    return {
-        "name": task.scorer().name,
-        **{name: score.value for name, score in found.items()},
-        "stderr": found["fp32"].stderr,
+    file = deploy.open(done.path, done.runtime, threads=threads).module()
+    metric, name = task.scorer(), f"{done.runtime}, int8"
+    found = {
+        key: task.measure(candidate, "val", original)
+        for key, candidate in {"fp32": original, "in torch": model, name: file}.items()
     }
+    torch, here = found["in torch"], found[name]
+    if metric.drop(torch, here) > max(LARGEST_DROP * abs(torch.value), torch.stderr):
+        for each in done.files:
+            (done.path.parent / each).unlink(missing_ok=True)
+        raise ModelError(
+            f"{metric.name} on val is {here} in the int8 file and {torch} in torch: the file computes something else, "
+            "so it was not kept. Try --observer mse or percentile, leave layers in fp32 by --keep-fp32, or use another "
+            "runtime."
+        )
+    return {"name": metric.name, **{key: score.value for key, score in found.items()}, "stderr": found["fp32"].stderr}
