@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -745,6 +746,35 @@ def test_quantize_int8_writes_runs_and_times_a_file(espalier, folder):
     code, out, error = espalier("quantize", "project.py", "--int8", "--observer", "mean", "--out", "runs/9")
     assert code == 2
     assert "no observer is called 'mean'" in error
+
+
+def test_an_int8_file_with_a_worse_metric_is_not_kept(tmp_path, monkeypatch):
+    import torch
+    from torch import nn
+
+    import espalier as es
+    from espalier import deploy
+    from espalier.cli.int8 import measured
+    from espalier.core.errors import ModelError
+
+    class Reversed(nn.Module):
+        def forward(self, x):
+            return -x
+
+    x = torch.randn(200, 10, generator=torch.Generator().manual_seed(0))
+    task = es.tasks.classification(None, [(x, x.argmax(1))])
+    for file in ("m.xml", "m.bin"):
+        (tmp_path / file).touch()
+    files = {"m.xml": 0, "m.bin": 0}
+    done = SimpleNamespace(path=tmp_path / "m.xml", runtime="openvino", files=files)
+    found = {}
+    monkeypatch.setattr(deploy, "open", lambda *_, **__: SimpleNamespace(module=lambda: found["file"]))
+    found["file"] = nn.Identity()
+    assert measured(nn.Identity(), nn.Identity(), task, done, 1)["openvino, int8"] == 100
+    found["file"] = Reversed()
+    with pytest.raises(ModelError, match=r"accuracy on val is 0.00 .* in the int8 file and 100.00 .*--keep-fp32"):
+        measured(nn.Identity(), nn.Identity(), task, done, 1)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
