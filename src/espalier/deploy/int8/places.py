@@ -142,8 +142,7 @@ class _Choice:
 
     def _choose(self, value: ir.Value) -> None:
         """Give ``value`` a grid, as far up as operators that only move numbers allow."""
-        reader = only_reader(value)
-        if is_marker(value.producer()) or (reader is not None and is_marker(reader)):
+        if is_marker(only_reader(value)) or is_marker(_source(value)):
             return
         self.chosen.setdefault(value)
         producer = value.producer()
@@ -225,6 +224,14 @@ def tail(value: ir.Value) -> ir.Value:
     if reader is not None and reader.op_type in ("Relu", "Clip") and reader.inputs[0] is value:
         return reader.outputs[0]
     return value
+
+
+def _source(value: ir.Value) -> ir.Node | None:
+    """What made the numbers of ``value``, before operators that only move them."""
+    made = value.producer()
+    while made is not None and made.op_type in CARRY and not made.domain and made.inputs[0] is not None:
+        made = made.inputs[0].producer()
+    return made
 
 
 def _is_silu(node: ir.Node) -> bool:
