@@ -575,6 +575,25 @@ def test_a_run_whose_architecture_does_not_travel_is_exported_with_its_project(e
     assert code == 0, error
 
 
+def test_export_stores_weights_in_16_bits(espalier, folder):
+    for package in ("onnx", "onnxscript", "onnxruntime", "openvino"):
+        pytest.importorskip(package)
+    refused(espalier("export", "project.py", "--weights", "fp61"), "'fp61'", "Did you mean 'fp16'", "?")
+    refused(espalier("export", "project.py", "--to", "int8", "--weights", "bf16"), "--weights bf16 is for onnx,")
+    code, out, error = espalier("export", "project.py", "--weights", "fp16", "--out", "half.onnx", "--json")
+    assert code == 0, error
+    found = json.loads(out)
+    assert found["weights"] == "fp16"
+    assert found["bytes"] == (folder / "half.onnx").stat().st_size
+    assert found["storage"]["fp32_bytes"] - found["bytes"] > 1800
+    assert found["storage"]["sqnr"] > 50
+    assert found["metric"]["onnxruntime"] == pytest.approx(found["metric"]["torch"], abs=1)
+    code, out, error = espalier("export", "project.py", "--to", "safetensors", "--weights", "bf16")
+    assert code == 0, error
+    assert "bf16 is how the weights are stored: 1,024 of 1,210 numbers" in out
+    assert "smaller, not faster" in out
+
+
 # --- what it prints ------------------------------------------------------------------------------
 
 

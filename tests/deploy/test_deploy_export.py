@@ -142,11 +142,15 @@ class Asking(nn.Module):
         return x if float(x.sum()) > 0 else -x
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_what_cannot_be_exported_gets_the_reason(tmp_path: Path) -> None:
-    with pytest.raises(ModelError):
+def test_what_cannot_be_exported_gets_the_reason_and_nothing_else(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(
+        ModelError, match=r"Asking cannot be exported; torch\.export says: .*Change Python control flow"
+    ):
         deploy.to_onnx(Asking(), torch.randn(2, 3), tmp_path / "m.onnx")
     assert not list(tmp_path.iterdir())
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from espalier.deploy import Exported
 
 FORMATS = {"onnx": "model.onnx", "openvino": "model.xml", "safetensors": "model.safetensors"}
+IN_16_BITS = ("onnx", "openvino", "safetensors")
 
 
 def export(
@@ -26,6 +27,7 @@ def export(
     *,
     threads: int,
     tolerance: float,
+    weights: str = "fp32",
     runtime: str | None = None,
     keep_fp32: list[str] | None = None,
     observer: str | None = None,
@@ -34,12 +36,16 @@ def export(
     """Write, run, compare and time; everything as plain data."""
     from espalier import deploy
     from espalier.cli.project import load_project
+    from espalier.deploy.sixteen_bits import check_weights
 
     if to not in (*FORMATS, "int8"):
         allowed = (*FORMATS, "int8")
         raise UsageError(f"--to {to!r} is not a format.{did_you_mean(to, allowed)} Allowed: {', '.join(allowed)}.")
     if (runtime is not None or keep_fp32 or observer is not None) and to != "int8":
         raise UsageError("--runtime, --keep-fp32 and --observer are about an int8 file; give --to int8.")
+    check_weights(weights)
+    if weights != "fp32" and to not in IN_16_BITS:
+        raise UsageError(f"--weights {weights} is for {', '.join(IN_16_BITS)}; a file for {to} has a form of its own.")
     if runtime is not None:
         int8.check_runtime(runtime)
     model, loaded = _load(source, project, codes=to == "int8")
@@ -58,10 +64,10 @@ def export(
         )  # fmt: skip
     path = out or _beside(source, to)
     if to == "safetensors":
-        return {"to": to, **deploy.to_safetensors(model, path).to_json()}
+        return {"to": to, **deploy.to_safetensors(model, path, weights=weights).to_json()}
     example: Any = task if task is not None else None
     write = deploy.to_onnx if to == "onnx" else deploy.to_openvino
-    done = write(model, example, path, tolerance=tolerance, progress=progress)
+    done = write(model, example, path, weights=weights, tolerance=tolerance, progress=progress)
     found: dict[str, Any] = {"to": to, **done.to_json()}
     found["latency"] = _latency(model, example, done, threads)
     if task is not None and task.val is not None:
@@ -113,8 +119,10 @@ def lines(found: dict[str, Any]) -> list[str]:
 
         return list(said_of(found))
     said = [f"{name}: {size:,} bytes" for name, size in found["files"].items()]
+    stored = found.get("weights", "fp32")
+    whose = "the model's" if stored == "fp32" else f"what its weights, rounded to {stored}, give in fp32"
     said += [
-        f"{check['runtime']}, batch {check['batch']}: outputs within {check['difference']:.1e} of the model's"
+        f"{check['runtime']}, batch {check['batch']}: outputs within {check['difference']:.1e} of {whose}"
         for check in found.get("checks", ())
     ]
     if "metric" in found:

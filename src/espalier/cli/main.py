@@ -189,6 +189,9 @@ def bench(
 def export(
     source: Annotated[Path, typer.Argument(help="A run directory, an .espalier file or a project file.")],
     to: Annotated[str, typer.Option(help="onnx, openvino, safetensors, or int8 for a runtime.")] = "onnx",
+    weights: Annotated[
+        str, typer.Option(help="How they are stored: fp32, fp16 or bf16. Half the bytes, the same speed.")
+    ] = "fp32",
     runtime: Annotated[str | None, typer.Option(help="Of int8: onnxruntime, openvino or tensorrt.")] = None,
     keep_fp32: KeepFp32 = None,
     observer: Watching = None,
@@ -208,8 +211,8 @@ def export(
 
     with warnings_as_sentences(), shown(quiet=as_json) as listener:
         found = exporting.export(
-            source, to, out, project or noted_project(source), threads=threads, tolerance=tolerance, runtime=runtime,
-            keep_fp32=keep_fp32, observer=observer, progress=telling(listener, "export"),
+            source, to, out, project or noted_project(source), threads=threads, tolerance=tolerance, weights=weights,
+            runtime=runtime, keep_fp32=keep_fp32, observer=observer, progress=telling(listener, "export"),
         )  # fmt: skip
     if as_json:
         emit(found)

@@ -23,6 +23,7 @@ from espalier.deploy.installed import need, quiet
 from espalier.deploy.runtimes import SIGNATURE, first_line
 from espalier.deploy.signature import Signature, tensors_in
 from espalier.graph import Value
+from espalier.graph.quiet import quiet as quiet_tracer
 from espalier.graph.trace import idle_autocast, structural_copy
 from espalier.graph.trees import fill
 
@@ -57,14 +58,14 @@ def write_onnx(
     ``ModelError`` with torch's reason and the operator where the model cannot be exported.
     """
     need("the ONNX export", "onnx", "onnxscript")
-    program, free, notes = _exported(model, signature, inputs)
+    program, free, notes = exported_program(model, signature, inputs)
     try:
         found = _converted(program, signature)
     except Exception as error:
         found = None
         if any("scaled_dot_product" in str(node.target) for node in program.graph.nodes):
             with written_out_attention():
-                program, free, notes = _exported(model, signature, inputs)
+                program, free, notes = exported_program(model, signature, inputs)
             with suppress(Exception):
                 found = _converted(program, signature)
         if found is None:
@@ -74,7 +75,7 @@ def write_onnx(
         raise ModelError("torch.onnx.export returned nothing; please report the model.")
     with quiet():
         _tidy(found.model, signature)
-        _save(found, path, external=external)
+        save_onnx(found.model, path, external=external)
     return free, notes
 
 
@@ -120,16 +121,16 @@ def _attention(
     return found.softmax(-1) @ value
 
 
-def _exported(
-    model: nn.Module, signature: Signature, inputs: Sequence[Tensor]
+def exported_program(
+    model: nn.Module, signature: Signature, inputs: Sequence[Tensor], *, batch: Any = Dim.DYNAMIC
 ) -> tuple[ExportedProgram, bool, list[str]]:
-    """The exported program with the batch left open where the model allows it."""
+    """The exported program with the batch left open where the model allows it; ``batch`` None fixes it."""
     flat = _Flat(structural_copy(model).eval(), signature).eval()
     first = next((n for n, x in enumerate(inputs) if x.ndim), None)
     size = inputs[first].shape[0] if first is not None else 0
     same = [x.ndim > 0 and x.shape[0] == size for x in inputs]
     attempts = [same, [n == first for n in range(len(inputs))], [False] * len(inputs)]
-    if len(inputs) == 0 or not any(same):
+    if len(inputs) == 0 or not any(same) or batch is None:
         attempts = attempts[2:]
     elif sum(same) == 1:
         attempts = [same, attempts[2]]
@@ -139,9 +140,9 @@ def _exported(
     try:
         for chosen in attempts:
             example = [torch.cat([x, x]) if open_ and size == 1 else x for x, open_ in zip(inputs, chosen, strict=True)]
-            shapes = {"inputs": tuple({0: Dim.DYNAMIC} if open_ else None for open_ in chosen)}
+            shapes = {"inputs": tuple({0: batch} if open_ else None for open_ in chosen)}
             try:
-                with torch.no_grad(), quiet(), idle_autocast():
+                with torch.no_grad(), quiet_tracer(), idle_autocast():
                     program = torch.export.export(flat, tuple(example), dynamic_shapes=shapes, strict=False)
             except Exception as error:  # noqa: BLE001, RUF100 - any failure is told below, with its reason
                 reason = reason or error
@@ -241,9 +242,13 @@ def _clean(value: Any, symbols: set[str]) -> None:
             value.shape[axis] = pattern.sub("batch", str(size.value))
 
 
-def _save(found: Any, path: Path, *, external: bool | None) -> None:
-    weights = sum(value.const_value.nbytes for value in found.model.graph.initializers.values() if value.const_value)
+def save_onnx(model: Any, path: Path, *, external: bool | None = None) -> None:
+    """Write a model of ``onnx_ir``; its weights into ``path.data`` where told, or where one file does not hold them."""
+    import onnx_ir as ir
+
+    weights = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
+    path.parent.mkdir(parents=True, exist_ok=True)
     if external or (external is None and weights > ONE_FILE):
-        found.save(str(path), external_data=True)
+        ir.save(model, path, external_data=f"{path.name}.data")
     else:
-        write_atomic(path, found.model_proto.SerializeToString(deterministic=True))
+        write_atomic(path, ir.to_proto(model).SerializeToString(deterministic=True))
