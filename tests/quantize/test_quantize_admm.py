@@ -123,13 +123,60 @@ def test_steps_by_hand(extragradient: bool) -> None:
     assert seen == pytest.approx(expected, rel=1e-5)
 
 
+def _updates(steps: int, epochs: int, method: Admm) -> tuple[list[int], list[float]]:
+    """After how many optimizer steps the copy was updated, and the weight it was updated for."""
+    task = Task(train=[(torch.ones(1, 1), torch.full((1, 1), 3.0))] * steps, loss=_half_square)
+    model = nn.Sequential(nn.Linear(1, 1, bias=False))
+    with torch.no_grad():
+        model[0].weight.fill_(1.0)  # type: ignore[operator, union-attr]
+    taken, done, at = [0], [], []
+
+    class Noted(type(method)):  # type: ignore[misc]
+        def after_step(self, w: Weight, loop: Loop) -> None:
+            taken[0] += 1
+            super().after_step(w, loop)
+
+        def update(self, w: Weight) -> None:
+            done.append(taken[0])
+            at.append(float(w.latent))
+            super().update(w)
+
+    fields = {"rho": 0.0, "every": method.every, "extragradient": method.extragradient}
+    Quantize(
+        weights=Noted(**fields), bits=1, ends="same", epochs=epochs, lr=0.1, optimizer=SGD(momentum=0.0),
+        lr_schedule=Constant(),
+    ).transform(model, Context(task=task))  # fmt: skip
+    return done, at
+
+
+@pytest.mark.parametrize(
+    ("steps", "epochs", "every", "expected"),
+    [
+        (8, 1, 1, [2, 4, 6, 8]), (12, 1, 3, [4, 6, 10, 12]), (8, 1, 4, [4, 8]), (3, 4, None, [4, 6, 10, 12]),
+        (3, 3, None, [4, 6, 9]), (4, 2, None, [4, 8]), (7, 1, 3, [4, 6]), (7, 1, 7, [7]),
+    ],
+)  # fmt: skip
+def test_the_copy_follows_the_weights_and_never_the_look_ahead(
+    steps: int, epochs: int, every: int | None, expected: list[int]
+) -> None:
+    """Without a pull, an extragradient step takes the distance to 3 by 1 - 0.1 (1 - 0.1); W_p alone by 1 - 0.1."""
+    done, at = _updates(steps, epochs, Admm(every=every))
+    assert done == expected
+    assert at == pytest.approx([3 - 2 * 0.91 ** (n // 2) * 0.9 ** (n % 2) for n in expected], rel=1e-5)
+
+
+@pytest.mark.parametrize(("every", "expected"), [(1, [1, 2, 3, 4, 5, 6]), (4, [4]), (None, [3, 6])])
+def test_plain_steps_are_counted_one_by_one(every: int | None, expected: list[int]) -> None:
+    assert _updates(3, 2, Admm(every=every, extragradient=False))[0] == expected
+
+
 def _half_square(output: Tensor, target: Tensor) -> Tensor:
     return (output - target).square().sum() / 2
 
 
 def test_it_converges_to_the_set_and_learns() -> None:
     at_once = quantized(trained(), Admm(), 2)
-    fitted = quantized(trained(), Admm(), 2, epochs=30, lr=1e-2)
+    fitted = quantized(trained(), Admm(rho=3.0), 2, epochs=30, lr=1e-2, reestimate=True)
     assert accuracy(fitted) > max(0.85, accuracy(at_once))
     slot, form = latent_of(fitted, "4.weight")
     assert len(slot.value().unique()) <= 3

@@ -13,8 +13,11 @@ from tests.quantize.incremental_digits import (
     trained,
 )
 
+from espalier.core.callback import Loop
 from espalier.core.errors import UsageError
+from espalier.core.quantized import Weight
 from espalier.quantize.elq import Elq, constants, perturbed, to_signs
+from espalier.quantize.gradient_quantization import GradientQuantization
 from espalier.quantize.inq import to_powers
 from espalier.quantize.quantize import Quantize
 
@@ -76,6 +79,33 @@ def test_the_pull_towards_the_levels_shows() -> None:
         quantized(trained(), Gap(error_weight=weight, portions=(0.5, 1)), 2, epochs=4, lr=3e-3)
         found.append(Gap.seen[len(Gap.seen) // 2 - 1])
     assert found[1] < 0.8 * found[0]
+
+
+def test_quantized_gradients_are_perturbed_after_they_are_quantized() -> None:
+    """DoReFa's codes have no zero: whatever came before would move the weights that are fixed already."""
+    counts: list[tuple[int, int]] = []
+
+    class Seen(Elq):
+        def before_step(self, w: Weight, loop: Loop) -> None:
+            grad = w.latent.grad
+            assert grad is not None
+            given, fixed = grad.clone(), w.state["fixed"]
+            assert bool((given[fixed] != 0).all()) or bool(fixed.all())
+            assert len(given.unique()) <= 8
+            super().before_step(w, loop)
+            error = (w.latent - self.project(w)).masked_fill(fixed, 0)
+            wanted = perturbed(given, error, self.loss_weight, self.error_weight).masked_fill(fixed, 0)
+            assert torch.equal(grad, wanted)
+            counts.append((int(fixed.sum()), len(grad.unique())))
+
+    model = quantized(
+        trained(), Seen(portions=(0.5, 1)), 2, epochs=2, lr=1e-2, gradients=GradientQuantization(form="dorefa"),
+        gradient_bits=3,
+    )  # fmt: skip
+    assert max(number for _, number in counts) > 8
+    assert {fixed > 0 for fixed, _ in counts} == {True}
+    slot, form = latent_of(model, "4.weight")
+    assert torch.equal(slot.latent, form.state["values"])
 
 
 def test_it_is_not_inq() -> None:

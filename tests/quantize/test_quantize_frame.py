@@ -282,3 +282,18 @@ def test_what_a_composite_says_is_in_the_record_of_a_run(task, tmp_path):
     assert result.record["steps"][0]["details"]["data-free"] is True
     assert any("data" in warning for warning in result.record["steps"][0]["warnings"])
     assert "data-free" in (tmp_path / "run" / "record.json").read_text()
+
+
+def test_the_groups_of_a_transposed_convolution_would_lie_across_its_channels(task):
+    model = nn.Sequential(
+        nn.Conv2d(1, 8, 3, 2), nn.ConvTranspose2d(8, 6, 3), nn.ConvTranspose2d(6, 8, 3, groups=2), nn.Flatten(),
+        nn.Linear(392, 10),
+    )  # fmt: skip
+    context = Context(task=task)
+    by_group = Quantize(weights=Affine(per="group", group=4), bits=4, ends="same")
+    result = by_group.transform(copy.deepcopy(model), context)
+    reason = "a transposed convolution holds the inputs of an output channel apart; per=group cannot group them"
+    assert context.record.skipped == [{"name": name, "reason": reason} for name in ("1.weight", "2.weight")]
+    assert {name for name, slot in slots(result).items() if slot.form is not None} == {"0.weight", "4.weight"}
+    result = by_group.replace(weights=Affine(per="channel")).transform(copy.deepcopy(model), Context(task=task))
+    assert form_of(result, "1.weight").state["scale"].shape == (6,)

@@ -7,12 +7,16 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from espalier.core.callback import Loop
 from espalier.core.context import Context
+from espalier.core.errors import UsageError
 from espalier.core.inputs import Observed, QuantizedInput
+from espalier.core.parametrize import freeze
 from espalier.core.quantized import QuantizedWeight
-from espalier.core.representation import Codebook
+from espalier.core.representation import Affine, Codebook
+from espalier.quantize import Quantize
 from espalier.quantize.lq_net import EPSILON, LQNet, LQNetInput, binary_codes, fitted, qem, sorted_levels
 
 
@@ -98,3 +102,15 @@ def test_each_channel_has_its_table_in_the_file():
     assert isinstance(stored, Codebook)
     assert stored.axis == 0
     assert stored.centroids.shape == (6, 4)
+
+
+def test_the_ends_are_on_the_uniform_grid_for_a_table_of_each_channel_would_be_larger_than_the_codes():
+    model = nn.Sequential(nn.Conv2d(1, 20, 5), nn.ReLU(), nn.Conv2d(20, 10, 5), nn.Flatten(), nn.Linear(160, 10))
+    stored = freeze(Quantize(weights=LQNet(), bits=2)(model, Context()))[0]
+    assert isinstance(stored["2.weight"], Codebook)
+    assert stored["2.weight"].centroids.shape == (10, 4)
+    for end in ("0.weight", "4.weight"):
+        assert isinstance(stored[end], Affine)
+        assert stored[end].bits() < 1.4 * 8 * stored[end].numel
+    with pytest.raises(UsageError, match=r"bits=5: lq-net can do 1, 2, 3, 4"):
+        Quantize(weights=LQNet(), bits=5)

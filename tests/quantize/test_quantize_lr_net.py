@@ -132,6 +132,36 @@ def test_other_layers_draw_weights() -> None:
     assert torch.allclose(seen.var(0), variance, atol=0.08)
 
 
+def test_a_weight_that_is_used_without_its_layer_is_drawn_from_the_second_step_on() -> None:
+    torch.manual_seed(0)
+    seen: dict[str, list[bool]] = {"attention.out_proj.weight": [], "taken.weight": [], "head.weight": []}
+
+    class Attentive(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+            self.taken, self.head = nn.Linear(8, 8), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out = self.attention(x, x, x)[0][:, 0]
+            if self.training:
+                for name, found in seen.items():
+                    found.append(bool((self.used(name) != self.used(name)).any()))
+            answer: Tensor = self.head(nn.functional.linear(out, self.taken.weight, self.taken.bias))
+            return answer
+
+        def used(self, name: str) -> Tensor:
+            value: Tensor = self.get_submodule(name.removesuffix(".weight")).weight  # type: ignore[assignment]
+            return value
+
+    data = [(torch.randn(4, 5, 8), torch.zeros(4, dtype=torch.long))] * 3
+    Quantize(weights=LrNet(), bits=2, ends="same", epochs=1).transform(
+        Attentive(), Context(task=Task(train=data, loss=lambda output, batch: output.square().mean()))
+    )
+    drawn = [False, True, True]
+    assert seen == {"attention.out_proj.weight": drawn, "taken.weight": drawn, "head.weight": [False] * 3}
+
+
 def test_penalties_by_hand() -> None:
     weight = torch.randn(3, 4)
     ternary, binary = view(LrNet(decay=0.5), weight, 2), view(LrNet(beta=0.5), weight, 1)

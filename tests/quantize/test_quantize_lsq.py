@@ -7,15 +7,19 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from espalier.core.context import Context
 from espalier.core.errors import UsageError
 from espalier.core.forms import Mask
 from espalier.core.inputs import Observed, QuantizedInput
+from espalier.core.parametrize import slots
 from espalier.core.quantized import QuantizedWeight
 from espalier.core.representation import Affine as StoredAffine
+from espalier.core.task import Task
 from espalier.quantize import Quantize
 from espalier.quantize.lsq import LSQ, LSQInput
+from espalier.train import SGD, AdamW, Finetune
 
 
 def observed(values: Tensor) -> Observed:
@@ -150,6 +154,22 @@ def test_a_step_that_went_below_zero_comes_back():
         form.method.after_step(form.view(torch.zeros(3, 4)), None)  # type: ignore[arg-type]
     assert value(form, "scale") == 0.25
     assert form.state["scale"].requires_grad
+
+
+@pytest.mark.parametrize("optimizer", [SGD(weight_decay=0.5), AdamW(weight_decay=0.5)], ids=["sgd", "adamw"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_weight_decay_leaves_the_steps_alone(optimizer, frozen):
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
+    task = Task(train=[(torch.rand(8, 6), torch.zeros(8))] * 4, loss=lambda output, target: 0 * output.sum())
+    step = Quantize(weights=LSQ(), bits=3, activations=LSQInput(), activation_bits=3, ends="same")
+    quantized = step(model, Context(task=task))
+    if frozen:
+        for slot in slots(quantized).values():
+            slot.latent.requires_grad_(slot.name.endswith("scale"))
+    before = {name: tensor.clone() for name, tensor in quantized.state_dict().items()}
+    result = Finetune(epochs=2, lr=0.1, optimizer=optimizer).transform(quantized, Context(task=task))
+    moved = {name for name, tensor in result.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert moved == (set() if frozen else {name for name in before if not name.endswith((".scale", ".zero"))})
 
 
 def test_one_bit_is_refused():

@@ -79,6 +79,20 @@ def test_mse_finds_the_best_of_all_candidates(bits, symmetric):
         assert errors[step - 1] <= min(errors) * (1 + 1e-4)
 
 
+@pytest.mark.parametrize("bits", [2, 3, 8])
+def test_mse_of_a_symmetric_input_is_the_error_that_its_quantizer_makes(bits):
+    """Of all shrunk ranges, the one that was chosen has the smallest error of the input's own 2^b codes."""
+    values = torch.randn(3000, generator=torch.Generator().manual_seed(7)) - 0.8
+    seen = Observed(values, torch.stack(values.aminmax())[None])
+    quantizer = QuantizedInput(AffineInput(symmetric=True, observer=Mse(candidates=50)), bits, seen, signed=True)
+    found = float((quantizer(values) - values).square().sum())
+    span, errors = values.abs().max(), []
+    for step in range(1, 51):
+        quantizer.state["scale"].copy_(span * step / 50 / (2 ** (bits - 1) - 1))
+        errors.append(float((quantizer(values) - values).square().sum()))
+    assert found <= min(errors) * (1 + 1e-4)
+
+
 def test_mse_in_parts_is_mse_in_one(monkeypatch):
     rows = torch.randn(9, 50, generator=torch.Generator().manual_seed(3))
     whole = Mse().range(rows, extremes_of(rows), 3, symmetric=True)

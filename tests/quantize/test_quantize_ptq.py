@@ -20,7 +20,9 @@ from espalier.quantize.bias_correction import BiasCorrection, clipped_mean, mean
 from espalier.quantize.equalise import Equalise
 from espalier.quantize.gptq import GPTQ
 from espalier.quantize.ptq_int8 import PTQInt8, distilled
+from espalier.runs.checkpoint import load_model, save_model
 from espalier.testing.compare import bits, frozen_copy, outputs
+from espalier.train import Finetune
 
 
 def test_clipped_normal_means():
@@ -71,6 +73,21 @@ def test_a_solver_has_its_float_weights_from_the_original_or_is_left_alone():
     context = context_for(task)
     BiasCorrection().transform(copy_model(solved), context)
     assert {row["reason"] for row in context.record.skipped} == {"its float weights are not known any more"}
+
+
+@pytest.mark.parametrize("epochs", [0, 1])
+def test_weights_that_were_trained_on_their_grid_are_left_alone(epochs, tmp_path):
+    model, task = convolutional(), digits_task()
+    coarse = Quantize(bits=3, ends="same", epochs=epochs)(model, Context(task=task))
+    if not epochs:
+        coarse = Finetune(epochs=1)(coarse, Context(task=task))
+    save_model(coarse, tmp_path / "kept")
+    for kept in (coarse, load_model(model, tmp_path / "kept")):
+        context = context_for(task, original=model)
+        done = BiasCorrection().transform(copy_model(kept), context)
+        assert bits(answers(done, task)) == bits(answers(coarse, task))
+        assert [row["name"] for row in context.record.skipped] == ["0.weight", "2.weight", "5.weight", "7.weight"]
+        assert all("has been trained since it was quantized" in row["reason"] for row in context.record.skipped)
 
 
 def test_a_batch_norm_takes_the_correction_of_a_layer_without_a_bias():

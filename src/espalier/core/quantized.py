@@ -26,6 +26,7 @@ from espalier.core.representation import Affine, Codebook, Representation
 
 if TYPE_CHECKING:
     from espalier.core.context import Context
+    from espalier.core.parametrize import Slot
 
 LARGEST_TABLE = 2**16
 _WIDTHS: tuple[type[np.integer[Any]], ...] = (np.int8, np.uint8, np.int16, np.int32)
@@ -128,8 +129,8 @@ class WeightQuantizer(Method):
         """How the effective weight ``values`` (eval mode, pruned positions zero) is stored, bit for bit."""
         return tabled(values)
 
-    def refuses(self, shape: torch.Size) -> str | None:
-        """Why a weight of this shape cannot be quantized so; None where it can."""
+    def refuses(self, slot: Slot) -> str | None:
+        """Why this weight cannot be quantized so; None where it can."""
         return None
 
     def restarts(self, bits: int) -> tuple[float, ...]:
@@ -214,11 +215,12 @@ class QuantizedWeight(Form):
     """The form of every quantized weight: ``inner(method.quantize(latent))``.
 
     ``inner``: the :class:`Mask` or :class:`Shared` form of an earlier step, kept as it is; with ``Shared`` the shared
-    values are what is quantized.
+    values are what is quantized. ``trained``: whether the model has been trained with this form in place.
     """
 
     kind = "quantized"
     phase = "codes"
+    trained = False
 
     def __init__(
         self, method: WeightQuantizer, weight: Tensor, bits: int, *, axis: int | None = 0, inner: Form | None = None,
@@ -278,6 +280,7 @@ class QuantizedWeight(Form):
         made = QuantizedWeight.__new__(QuantizedWeight)
         Form.__init__(made)
         made.method, made.bits, made.name, made.axis = self.method, self.bits, self.name, self.axis
+        made.trained = self.trained
         made.inner = self.inner.take(dim, index) if self.inner is not None else None
         made._initial = torch.empty(0)
         made.state = State({name: self._cut(name, tensor, dim, index) for name, tensor in self.state.tensors().items()})
@@ -309,7 +312,8 @@ class QuantizedWeight(Form):
 
         inner = {} if self.inner is None else {"inner": {"kind": self.inner.kind, **self.inner.spec()}}
         method = {"name": self.method.name, "fields": fields_to_data(self.method)}
-        return {"method": method, "bits": self.bits, "axis": self.axis, "called": self.name, **inner}
+        own = {"method": method, "bits": self.bits, "axis": self.axis, "called": self.name, "trained": self.trained}
+        return {**own, **inner}
 
     @classmethod
     def blank(cls, spec: dict[str, Any], weight: Tensor) -> QuantizedWeight:
@@ -319,7 +323,9 @@ class QuantizedWeight(Form):
         method, bits = method_of(WeightQuantizer, spec["method"]), int(spec["bits"])
         per_value = method.latent(torch.zeros(1), bits).numel()
         start = torch.zeros(int(spec["k"]) // per_value, dtype=weight.dtype) if isinstance(inner, Shared) else weight
-        return cls(method, start, bits, axis=spec["axis"], inner=inner, name=str(spec["called"]))
+        made = cls(method, start, bits, axis=spec["axis"], inner=inner, name=str(spec["called"]))
+        made.trained = bool(spec.get("trained", False))
+        return made
 
 
 def method_of(base: type[Any], data: Mapping[str, Any]) -> Any:

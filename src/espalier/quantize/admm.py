@@ -99,6 +99,7 @@ class Admm(WeightQuantizer):
     """``levels``: the set, ``fitting`` for the largest that the bits hold. ``rho``: the pull towards the copy.
 
     ``every``: optimizer steps between two updates of the copy, None for once an epoch; ``rounds`` alternations each.
+    A step with the extragradient is two of the optimizer's: an update that is due between them follows the second.
     """
 
     id: ClassVar[str] = "admm"
@@ -157,11 +158,11 @@ class Admm(WeightQuantizer):
             w.state["anchor"].copy_(w.latent)
 
     def after_step(self, w: Weight, loop: Loop) -> None:
-        if self.every is not None and (loop.step + 1) % self.every == 0 and not bool(w.state["done"]):
-            self.update(w)
-
-    def on_epoch(self, w: Weight, loop: Loop) -> None:
-        if self.every is None and not bool(w.state["done"]):
+        length, steps, every = 2 if self.extragradient else 1, loop.step + 1, self.every or loop.steps_per_epoch
+        if bool(w.state["done"]) or (steps % length and steps < loop.steps):  # W_p is no W, but for a lone last step
+            return
+        before = (steps - 1) // length * length
+        if steps // every > before // every:
             self.update(w)
 
     def finish(self, w: Weight, context: Context) -> None:

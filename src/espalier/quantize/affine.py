@@ -16,9 +16,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvTransposeNd
 
 from espalier.core.fields import Group
 from espalier.core.inputs import ActivationQuantizer, Input, Observed
+from espalier.core.parametrize import Slot
 from espalier.core.quantized import Weight, WeightQuantizer, affine, by_channel, spread
 from espalier.core.representation import Representation
 from espalier.quantize.grid import Grid, fake_quantize, grid_for, integer_range, straight_through
@@ -44,7 +46,10 @@ def range_of(
 
 @dataclass(frozen=True, kw_only=True)
 class Affine(WeightQuantizer):
-    """``per``: one scale for the tensor, for each output channel, or for every ``group`` inputs of a channel."""
+    """``per``: one scale for the tensor, for each output channel, or for every ``group`` inputs of a channel.
+
+    Transposed convolutions have no groups: they hold the inputs of an output channel apart.
+    """
 
     id: ClassVar[str] = "affine"
     per_channel: ClassVar[frozenset[str]] = frozenset({"scale", "zero"})
@@ -56,6 +61,11 @@ class Affine(WeightQuantizer):
     @property
     def by_group(self) -> bool:
         return self.per == "group"
+
+    def refuses(self, slot: Slot) -> str | None:
+        if self.by_group and isinstance(slot.module, _ConvTransposeNd):
+            return "a transposed convolution holds the inputs of an output channel apart; per=group cannot group them"
+        return None
 
     def rows(self, weight: Tensor, axis: int | None) -> Tensor:
         """The weight as (scales, entries of each); the last group of a channel is filled up with zeros."""
@@ -113,7 +123,7 @@ class AffineInput(ActivationQuantizer):
         centred = self.symmetric and signed and bits > 1  # one bit has no two codes around zero
         rows = observed.sample.float()[None]
         extremes = observed.extremes[None]
-        low, high = self.observer.range(rows, extremes, bits, symmetric=centred)
+        low, high = self.observer.range(rows, extremes, bits, symmetric=centred, narrow=False)
         scale, zero = grid_for(low, high, bits, symmetric=centred, narrow=False)
         if centred:
             zero = zero + 2 ** (bits - 1)

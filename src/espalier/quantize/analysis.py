@@ -55,7 +55,7 @@ class Switches:
             for place in places:
                 found = step.weight_bits(place)
                 trial = None
-                if found is not None and found[0].refuses(place.slot.shape) is None:
+                if found is not None and found[0].refuses(place.slot) is None:
                     trial = tried(place.slot, *found)
                 layers = [layer for layer, owner, _ in observed.values() if owner.slot is place.slot]
                 inputs = tuple(q for q in map(quantized_input, layers) if q is not None)

@@ -6,6 +6,7 @@ Formula  b <- b - (W^ - W) E[x];   E[x] measured, layer after layer;   or from t
          normal: E[x] = gamma phi(-beta / gamma) + beta (1 - Phi(-beta / gamma))
 Departs  E[x] is measured at the input of the layer in the corrected network, patch by patch, so that padding counts.
          A layer without a bias has its correction in the mean of the batch norm that follows; else it is left alone.
+         So are weights with which the model has been trained since they were quantized: its biases fit them.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ class BiasCorrection(Technique):
     def transform(self, model: nn.Module, context: Context) -> nn.Module:
         """Correct layer after layer."""
         measured = self.by == "data" or (self.by == "auto" and context.data.has("train"))
-        found = [slot for slot, _ in quantized(model) if _solvable(slot, context)]
+        found = [slot for slot, form in quantized(model) if _solvable(slot, form, context)]
         if not found:
             return model
         wiring = Wiring(model, context)
@@ -150,11 +151,14 @@ def patch_mean(model: nn.Module, slot: Slot, context: Context, count: int) -> Te
     return torch.stack(sums) / seen if seen else None
 
 
-def _solvable(slot: Slot, context: Context) -> bool:
-    known = all(isinstance(layer, MATRICES) for layer in owners(slot)) and slot.owners[0][2] == "weight"
-    if not known:
+def _solvable(slot: Slot, form: QuantizedWeight, context: Context) -> bool:
+    if not all(isinstance(layer, MATRICES) for layer in owners(slot)) or slot.owners[0][2] != "weight":
         context.skip(slot.name, f"it is no Linear, Conv1d or Conv2d but a {type(slot.module).__name__}")
-    return known
+        return False
+    if form.trained:
+        context.skip(slot.name, "the model has been trained since it was quantized, so the bias fits its codes already")
+        return False
+    return True
 
 
 def _groups(slot: Slot) -> int:

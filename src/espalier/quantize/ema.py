@@ -33,6 +33,8 @@ class Ema(Observer):
     id: ClassVar[str] = "ema"
     decay: Fraction = 0.999
 
-    def range(self, rows: Tensor, extremes: Tensor, bits: int, *, symmetric: bool) -> tuple[Tensor, Tensor]:
+    def range(
+        self, rows: Tensor, extremes: Tensor, bits: int, *, symmetric: bool, narrow: bool = True
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         low, high = average(extremes, self.decay).unbind(-1)
         return low, high

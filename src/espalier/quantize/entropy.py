@@ -73,7 +73,9 @@ class Entropy(Observer):
     id: ClassVar[str] = "entropy"
     bins: Bins = 2048
 
-    def range(self, rows: Tensor, extremes: Tensor, bits: int, *, symmetric: bool) -> tuple[Tensor, Tensor]:
+    def range(
+        self, rows: Tensor, extremes: Tensor, bits: int, *, symmetric: bool, narrow: bool = True
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         low, high = extremes[..., 0].amin(-1).float(), extremes[..., 1].amax(-1).float()
         signed, limit = (low < 0) | symmetric, torch.empty_like(low)
         for sign in (False, True):

@@ -30,7 +30,6 @@ from espalier.quantize.parts import Scheme, Stage
 from espalier.quantize.places import LAYERS
 from espalier.train import SGD, Optimizer
 from espalier.train.looking import batches, looking
-from espalier.train.optimizer import trainable
 
 if TYPE_CHECKING:
     from espalier.quantize.quantize import Quantize
@@ -120,7 +119,7 @@ class Guide(Callback):
 
     def __init__(self, scheme: Guided, full: nn.Module, layers: Sequence[str], original: nn.Module) -> None:
         self.scheme, self.full, self.layers, self.original = scheme, full, tuple(layers), original
-        self.optimizer = scheme.optimizer.build(trainable(full), scheme.lr)
+        self.optimizer = scheme.optimizer.over(full, scheme.lr)
         self.features: dict[str, Tensor] = {}
 
     def on_start(self, loop: Loop) -> None:

@@ -18,7 +18,7 @@ def look_up(values: Tensor, levels: Tensor, thresholds: Tensor) -> Tensor:
 
     ``levels`` (k,) and ``thresholds`` (k - 1,), both rising. The search runs in float32.
     """
-    found = levels[torch.bucketize(in_float32(values), thresholds)]
+    found = levels[torch.bucketize(in_float32(values).contiguous(), thresholds)]
     return found if found.dtype == values.dtype else found.to(values.dtype)
 
 

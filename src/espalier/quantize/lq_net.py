@@ -96,11 +96,12 @@ def rows_of(values: Tensor, kept: Tensor | None, axis: int | None) -> tuple[Tens
 class LQNet(WeightQuantizer):
     """A basis, one column of ``bits``, for each output channel.
 
-    ``momentum``: what stays of it in a step; ``iterations`` of QEM at the start.
+    Up to the paper's 4 bits, for a file holds the 2^bits levels of every channel. ``momentum``: what stays of the basis
+    in a step; ``iterations`` of QEM at the start.
     """
 
     id: ClassVar[str] = "lq-net"
-    widths: ClassVar[tuple[int, ...]] = tuple(range(1, 9))
+    widths: ClassVar[tuple[int, ...]] = (1, 2, 3, 4)
     per_channel: ClassVar[frozenset[str]] = frozenset({"basis"})
     momentum: Fraction = 0.9
     iterations: Steps = 20

@@ -9,8 +9,9 @@ Formula  ternary: P(0) = sigma(a), P(1) = sigma(b) (1 - P(0)), P(-1) = (1 - sigm
          binary P(1) = (1 + u) / 2, both in [0.05, 0.95];   penalty: decay / 2 sum (a^2 + b^2), or beta sum P(1) P(-1)
 Departs  The values are multiplied by std(w), fixed, so that networks without batch norm keep their scale. The most
          likely values are used after training; the paper draws them. Layers other than Linear, Conv1d and Conv2d draw
-         normal weights in training, one draw for the whole batch, in place of normal outputs. Batch norm has seen drawn
-         outputs: it is best re-estimated by a step of its own after it.
+         normal weights in training, one draw for the whole batch, in place of normal outputs. So does, from the second
+         step on, a layer whose weight is used without a call of the layer, such as the output projection of torch's
+         attention. Batch norm has seen drawn outputs: it is best re-estimated by a step of its own after it.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ class LrNet(WeightQuantizer):
 
     def start(self, weight: Tensor, bits: int, axis: int | None, kept: Tensor | None) -> dict[str, Tensor]:
         flag = torch.zeros((), dtype=torch.bool, device=weight.device)
-        return {"scale": spread_of(weight, kept), "done": flag, "draws": flag}
+        return {"scale": spread_of(weight, kept), "done": flag, "draws": flag, "called": flag}
 
     def latent(self, weight: Tensor, bits: int) -> Tensor:
         scale = spread_of(weight, None)
@@ -129,11 +130,15 @@ class LrNet(WeightQuantizer):
         slot = slots(loop.model).get(w.name)
         own = slot is not None and slot.shape == w.latent.shape[1:]  # not a table of shared values
         responds = own and slot is not None and all(isinstance(module, LAYERS) for _, module, _ in slot.owners)
-        w.state["draws"].fill_(not responds)
+        w.state["draws"].logical_or_(torch.tensor(not responds, device=w.latent.device))
+
+    def after_step(self, w: Weight, loop: Loop) -> None:
+        w.state["draws"].logical_or_(~w.state["called"])  # nobody has passed through respond
 
     def respond(self, w: Weight, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
         if bool(w.state["draws"]) or bool(w.state["done"]) or not inputs:
             return output
+        w.state["called"].fill_(True)
         x, quantizer = inputs[0], quantized_input(module)
         if quantizer is not None and quantizer.active:
             x = quantizer(x)

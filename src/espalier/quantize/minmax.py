@@ -21,5 +21,7 @@ class MinMax(Observer):
 
     id: ClassVar[str] = "min-max"
 
-    def range(self, rows: Tensor, extremes: Tensor, bits: int, *, symmetric: bool) -> tuple[Tensor, Tensor]:
+    def range(
+        self, rows: Tensor, extremes: Tensor, bits: int, *, symmetric: bool, narrow: bool = True
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         return extremes[..., 0].amin(-1), extremes[..., 1].amax(-1)

@@ -144,7 +144,7 @@ class MixedBits(Technique):
         options: dict[int, Option] = {}
         for asked in self.allowed:
             found = self.step.weight_bits(replace(place, bits=asked))
-            if found is not None and found[0].refuses(place.slot.shape) is None and found[1] not in options:
+            if found is not None and found[0].refuses(place.slot) is None and found[1] not in options:
                 options[found[1]] = Option(asked, tried(place.slot, *found))
         return Layer(place, tuple(options.values()))
 

@@ -22,20 +22,24 @@ CHUNK = 2**18
 """So many values are worked on at once: what fits a processor's cache."""
 
 
-def squared_error(rows: Tensor, low: Tensor, high: Tensor, bits: int, *, symmetric: bool) -> Tensor:
+def squared_error(
+    rows: Tensor, low: Tensor, high: Tensor, bits: int, *, symmetric: bool, narrow: bool = True
+) -> Tensor:  # fmt: skip
     """(rows,): the squared error of ``rows`` (rows, n) in ``bits`` bits over the ranges ``low``, ``high`` (rows,)."""
-    scale, zero = grid_for(low, high, bits, symmetric=symmetric)
-    grid = Grid(scale[:, None], zero[:, None], *integer_range(bits, symmetric=symmetric, narrow=True))
+    scale, zero = grid_for(low, high, bits, symmetric=symmetric, narrow=narrow)
+    grid = Grid(scale[:, None], zero[:, None], *integer_range(bits, symmetric=symmetric, narrow=narrow))
     return (grid.nearest(rows) - rows).square().sum(1)
 
 
-def best_factor(rows: Tensor, low: Tensor, high: Tensor, bits: int, candidates: int, *, symmetric: bool) -> Tensor:
+def best_factor(
+    rows: Tensor, low: Tensor, high: Tensor, bits: int, candidates: int, *, symmetric: bool, narrow: bool
+) -> Tensor:  # fmt: skip
     """(rows,): the factor of the range with the smallest error, in the memory of ``rows``."""
     best = torch.ones_like(low)
-    least = squared_error(rows, low, high, bits, symmetric=symmetric)
+    least = squared_error(rows, low, high, bits, symmetric=symmetric, narrow=narrow)
     for step in range(candidates - 1, 0, -1):
         factor = step / candidates
-        error = squared_error(rows, low * factor, high * factor, bits, symmetric=symmetric)
+        error = squared_error(rows, low * factor, high * factor, bits, symmetric=symmetric, narrow=narrow)
         better = error < least
         best, least = torch.where(better, factor, best), torch.where(better, error, least)
     return best
@@ -51,11 +55,13 @@ class Mse(Observer):
     def conflicts(self) -> list[str]:
         return [*super().conflicts(), *(["candidates=0 leaves no range to try"] if not self.candidates else [])]
 
-    def range(self, rows: Tensor, extremes: Tensor, bits: int, *, symmetric: bool) -> tuple[Tensor, Tensor]:
+    def range(
+        self, rows: Tensor, extremes: Tensor, bits: int, *, symmetric: bool, narrow: bool = True
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         low, high = extremes[..., 0].amin(-1).float(), extremes[..., 1].amax(-1).float()
         size = max(1, CHUNK // max(1, rows.shape[1]))
         parts = zip(*(torch.split(part, size) for part in (rows.float(), low, high)), strict=True)
         factor = torch.cat(
-            [best_factor(some, a, b, bits, self.candidates, symmetric=symmetric) for some, a, b in parts]
+            [best_factor(some, a, b, bits, self.candidates, symmetric=symmetric, narrow=narrow) for some, a, b in parts]
         )
         return low * factor, high * factor

@@ -49,7 +49,7 @@ def clipped(x: Tensor, alpha: Tensor, low: int, high: int) -> Tensor:
 class PACT(ActivationQuantizer):
     """``alpha``: the bound to begin with; None for the largest value of the calibration. ``strength``: lambda.
 
-    The optimizer's own weight decay comes on top of ``strength``.
+    The optimizer's own weight decay leaves alpha alone.
     """
 
     id: ClassVar[str] = "pact"

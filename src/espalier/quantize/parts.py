@@ -32,11 +32,14 @@ class Observer(Method):
     kind: ClassVar[str] = "observer"
 
     @abstractmethod
-    def range(self, rows: Tensor, extremes: Tensor, bits: int, *, symmetric: bool) -> tuple[Tensor, Tensor]:
+    def range(
+        self, rows: Tensor, extremes: Tensor, bits: int, *, symmetric: bool, narrow: bool = True
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """``(low, high)``, both (rows,), of values ``rows`` (rows, n) to be put into ``bits`` bits.
 
         ``extremes``: (rows, batches, 2), the smallest and largest value of each batch in the order they came; weights
-        are one batch. ``symmetric``: codes lie around zero, so the range will be ``+-max(-low, high)``.
+        are one batch. ``symmetric``: codes lie around zero, so the range will be ``+-max(-low, high)``; ``narrow``:
+        their lowest is left out, as for weights, where inputs have it.
         """
 
     def streaming(self) -> Streaming:

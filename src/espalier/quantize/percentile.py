@@ -37,7 +37,9 @@ class Percentile(Observer):
         found = [f"share={self.share:g} clips half of the values or more"] if self.share <= 0.5 else []
         return [*super().conflicts(), *found]
 
-    def range(self, rows: Tensor, extremes: Tensor, bits: int, *, symmetric: bool) -> tuple[Tensor, Tensor]:
+    def range(
+        self, rows: Tensor, extremes: Tensor, bits: int, *, symmetric: bool, narrow: bool = True
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         if symmetric:
             high = quantile(rows.abs(), self.share)
             return -high, high

@@ -134,7 +134,7 @@ class Quantize(Training):
                     context.skip(slot.name, "it is the first or the last layer's, and ends=float")
                 continue
             method, bits = found
-            reason = method.refuses(slot.shape)
+            reason = method.refuses(slot)
             if reason is not None:
                 context.skip(slot.name, reason)
                 continue

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
 
 from espalier.core.fields import Momentum, Penalty
-from espalier.train.optimizer import Optimizer
+from espalier.train.optimizer import Optimizer, Parameters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +28,6 @@ class AdamW(Optimizer):
         """A moment that forgets nothing never moves."""
         return ["betas must be below 1"] if max(self.betas) >= 1 else []
 
-    def create(self, parameters: list[nn.Parameter], lr: float, **backend: Any) -> torch.optim.Optimizer:
+    def create(self, parameters: Parameters, lr: float, **backend: Any) -> torch.optim.Optimizer:
         """``torch.optim.AdamW``."""
         return torch.optim.AdamW(parameters, lr, betas=self.betas, weight_decay=self.weight_decay, **backend)

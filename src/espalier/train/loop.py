@@ -27,7 +27,7 @@ from espalier.train.adamw import AdamW
 from espalier.train.augmentation import Augmentation, augmented
 from espalier.train.early_stopping import EarlyStopping
 from espalier.train.judge import Judge, Stopped
-from espalier.train.optimizer import same_layout, trainable
+from espalier.train.optimizer import same_layout
 from espalier.train.quantizers import QuantizerHooks
 from espalier.train.randomness import seeded_epochs
 from espalier.train.schedule import Constant, LearningRateSchedule
@@ -82,7 +82,7 @@ def fit(
         return FitResult()
     loader = context.data.data("train")
     if optimizer is None:
-        optimizer = AdamW().build(trainable(model))
+        optimizer = AdamW().over(model)
     original = context.models.get("original")
     original = None if original is model else original
     with ExitStack() as stack:

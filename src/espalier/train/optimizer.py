@@ -18,8 +18,11 @@ from torch import nn
 from espalier.core.errors import UsageError
 from espalier.core.fields import Momentum, Penalty
 from espalier.core.method import Method
+from espalier.core.quantized import State
 
 LEARNING_RATE = 1e-3
+Parameters = list[nn.Parameter] | list[dict[str, Any]]
+"""What torch's optimizers take: parameters, or groups of them with options of their own."""
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
@@ -58,8 +61,22 @@ class Optimizer(Method):
     kind: ClassVar[str] = "optimizer"
 
     @abstractmethod
-    def create(self, parameters: list[nn.Parameter], lr: float, **backend: Any) -> torch.optim.Optimizer:
+    def create(self, parameters: Parameters, lr: float, **backend: Any) -> torch.optim.Optimizer:
         """The torch optimizer over ``parameters``."""
+
+    def over(self, model: nn.Module, lr: float = LEARNING_RATE) -> torch.optim.Optimizer:
+        """The torch optimizer over what is trainable in ``model``: weight decay, except on the state of quantizers.
+
+        A step size or a bound that decays towards zero is no weaker weight but another grid.
+        """
+        listed = trainable(model)
+        state = {id(p) for module in model.modules() if isinstance(module, State) for p in module.parameters()}
+        free = [parameter for parameter in listed if id(parameter) in state]
+        if not free:
+            return self.build(listed, lr)
+        decayed = [parameter for parameter in listed if id(parameter) not in state]
+        groups: list[dict[str, Any]] = [{"params": decayed}, {"params": free, "weight_decay": 0.0}]
+        return self.create(groups, lr, **backend(listed))
 
     def build(self, parameters: Iterable[nn.Parameter], lr: float = LEARNING_RATE) -> torch.optim.Optimizer:
         """The torch optimizer over ``parameters`` in its fastest implementation."""
@@ -80,7 +97,7 @@ class SGD(Optimizer):
         """Nesterov's look-ahead needs a velocity."""
         return ["nesterov needs momentum above 0"] if self.nesterov and not self.momentum else []
 
-    def create(self, parameters: list[nn.Parameter], lr: float, **backend: Any) -> torch.optim.Optimizer:
+    def create(self, parameters: Parameters, lr: float, **backend: Any) -> torch.optim.Optimizer:
         """``torch.optim.SGD``."""
         return torch.optim.SGD(
             parameters, lr, momentum=self.momentum, nesterov=self.nesterov, weight_decay=self.weight_decay, **backend

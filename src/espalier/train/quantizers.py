@@ -54,6 +54,8 @@ class QuantizerHooks(Callback):
                 yield slot, form, form.view(slot.latent)
 
     def on_start(self, loop: Loop) -> None:
+        for _, form in self.weights:
+            form.trained = True
         with torch.no_grad():
             for _, form, w in self._those("on_start"):
                 form.method.on_start(w, loop)

@@ -20,7 +20,7 @@ from espalier.train.cosine import Cosine
 from espalier.train.early_stopping import EarlyStopping
 from espalier.train.label_smoothing import LabelSmoothing
 from espalier.train.loop import BatchLoss, FitResult, fit
-from espalier.train.optimizer import LEARNING_RATE, Optimizer, trainable
+from espalier.train.optimizer import LEARNING_RATE, Optimizer
 from espalier.train.penalty import Penalties, WeightPenalty
 from espalier.train.schedule import LearningRateSchedule
 
@@ -73,7 +73,7 @@ class Training(Technique):
         try:
             result = fit(
                 model, context, epochs=self.epochs, loss=loss, callbacks=(*callbacks, *own),
-                optimizer=self.optimizer.build(trainable(model), self.lr), schedule=self.lr_schedule,
+                optimizer=self.optimizer.over(model, self.lr), schedule=self.lr_schedule,
                 augment=self.augment, stopping=self.stopping, settled=settled, clip=self.clip, precision=self.precision,
                 name=name,
             )  # fmt: skip
