@@ -110,7 +110,8 @@ class _Choice:
         for pattern in patterns:
             matched = [node for name, nodes in names.items() if fnmatchcase(name, pattern) for node in nodes]
             if not matched:
-                raise UnknownNameError(f"no layer answers to keep_fp32 {pattern!r}.{did_you_mean(pattern, names)}")
+                layers = {layer_name(node): None for node in self.nodes if node.op_type in PRODUCTS}
+                raise UnknownNameError(f"no layer answers to keep_fp32 {pattern!r}.{did_you_mean(pattern, layers)}")
             kept.update(matched)
             for node in matched:  # a tensor that is named: the layers that read it
                 if pattern in {str(value.name) for value in node.outputs}:
