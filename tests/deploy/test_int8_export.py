@@ -532,6 +532,16 @@ def test_a_grid_behind_pools_and_concatenations_is_the_only_one(
     assert scales == {float(np.float32(scale)) for scale in trained}
 
 
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_one_linear_layer_of_many_in_int8(runtime: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
+    for only in "024":
+        left = [name for name in "024" if name != only]
+        done = convert(model, torch.randn(2, 8), tmp_path / f"{only}.onnx", runtime=runtime, keep_fp32=left)
+        assert (done.coverage.layers, done.coverage.in_float) == (1, ()), "also where what reads it stays in fp32"
+
+
 def test_grids_that_tensorrt_cannot_hold_are_said_in_one_line(fire: tuple[nn.Module, Tensor], tmp_path: Path) -> None:
     quantized, x = fire
     done = deploy.to_int8(quantized, x[:2], [x], tmp_path / "m.onnx", runtime="tensorrt")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import re
+import warnings
 from typing import Any
 
 import pytest
@@ -10,10 +12,11 @@ import torch
 from torch import nn
 
 from espalier.core.context import Context
-from espalier.core.errors import UsageError
+from espalier.core.errors import EspalierWarning, UsageError
 from espalier.core.model import copy_model
 from espalier.core.parametrize import bake, slots
 from espalier.core.recipe import Recipe
+from espalier.core.record import Record
 from espalier.core.task import Task, classification
 from espalier.prune import Prune
 from espalier.quantize import BWN, LSQ, TWN, AffineInput, Quantize, allocation, mixed_bits
@@ -22,6 +25,8 @@ from espalier.quantize.hutchinson import mean_traces
 from espalier.quantize.mixed_bits import MixedBits
 from espalier.share import KMeans
 from espalier.train import Finetune
+
+INT8 = Quantize(activations=AffineInput(), ends="same")
 
 
 @pytest.fixture(scope="module")
@@ -34,10 +39,15 @@ def trained(task: Task) -> nn.Module:
     return Finetune(epochs=4, lr=3e-3)(net, Context(task=task))
 
 
-def run(method: MixedBits, model: nn.Module, task: Task) -> tuple[nn.Module, dict[str, Any]]:
+def recorded(method: MixedBits, model: nn.Module, task: Task) -> tuple[nn.Module, Record]:
     child = Context(task=task).child("mixed", method)
     result = method.transform(copy_model(model), child)
-    return result, child.record.details
+    return result, child.record
+
+
+def run(method: MixedBits, model: nn.Module, task: Task) -> tuple[nn.Module, dict[str, Any]]:
+    result, record = recorded(method, model, task)
+    return result, record.details
 
 
 # --- the choice ------------------------------------------------------------------------------------------------------
@@ -248,8 +258,10 @@ def test_the_analysis_is_in_the_record(trained, task):
 
 
 def test_refusals(trained, task):
-    with pytest.raises(UsageError, match=r"measure=ms: .* Give the budget in bops"):
+    with pytest.raises(UsageError, match=r"measure=ms: int8 kernels .* activations=affine-input"):
         MixedBits(measure="ms")
+    with pytest.raises(UsageError, match=r"measure=ms: no kernel has more than 8 bits"):
+        MixedBits(measure="ms", widths=(8, 16), step=INT8)
     with pytest.raises(UsageError, match=r"step\.bits is what this step chooses"):
         MixedBits(step=Quantize(bits=4))
     with pytest.raises(UsageError, match=r"the step quantizes no weights"):
@@ -259,3 +271,84 @@ def test_refusals(trained, task):
     with pytest.raises(UsageError, match=r"a budget of 1\.5 bits cannot be met; the fewest bits take 2"):
         MixedBits(budget=1.5)(trained, Context(task=task))
     assert MixedBits(step=Quantize(weights=TWN())).allowed == (2,)
+
+
+# --- milliseconds ----------------------------------------------------------------------------------------------------
+
+
+class Clock:
+    """In place of a timer's clock: a layer takes 1 ms in fp32 and 0.25 in int8, the network 10, and 6 in int8."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, ...]] = []
+
+    def __call__(self, files: Any, call: Any) -> dict[str, float]:
+        self.calls.append(tuple(files))
+        if tuple(files) == ("fp32",):
+            return {"fp32": 10.0}
+        return {"fp32": 10.0, "int8": 6.0} if call[0][0].shape[1:] == (1, 8, 8) else {"fp32": 1.0, "int8": 0.25}
+
+
+def quietly(method: MixedBits, model: nn.Module, task: Task) -> tuple[nn.Module, Record]:
+    """Warnings are in the record."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", EspalierWarning)
+        return recorded(method, model, task)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed; pip install espalier[deploy]")
+    from espalier.quantize.layer_times import Timer
+
+    made = Clock()
+    monkeypatch.setattr(Timer, "timed", lambda _, files, call: made(files, call))
+    return made
+
+
+def stack() -> nn.Module:
+    """Three linear layers of which two are equal; the first sees the image."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(),
+        nn.Linear(16, 10),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("budget", "int8"), [(10.0, 0), (9.5, 1), (7.0, 4)])
+def test_a_budget_in_ms_leaves_in_fp32_what_it_can(budget: float, int8: int, clock: Clock, task: Task) -> None:
+    method = MixedBits(measure="ms", budget=budget, widths=(8,), step=INT8)
+    result, record = quietly(method, stack(), task)
+    found = record.details["mixed bits"]
+    assert any("fast enough in fp32" in text for text in record.warnings) == (not int8)
+    assert found["used"] == pytest.approx(10 - 0.75 * int8)
+    assert [row["bits"] for row in found["layers"]].count(8) == int8 == len(widths_of(result))
+    assert clock.calls.count(("fp32", "int8")) == 3 + bool(int8), "equal layers once, and the finished network"
+    if int8:
+        assert (found["measured"]["fp32 ms"], found["measured"]["int8 ms"]) == (10.0, 6.0)
+
+
+def test_a_file_above_the_budget_is_said(clock: Clock, task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    from espalier.quantize.layer_times import Timer
+
+    monkeypatch.setattr(Timer, "both", lambda *_: {"fp32": 10.0, "int8": 9.0})
+    _, record = quietly(MixedBits(measure="ms", budget=8.0, step=INT8), stack(), task)
+    (text,) = record.warnings
+    assert re.search(r"takes 9 ms in onnxruntime, above the budget of 8; .* promised 7.75 ms", text)
+
+
+def test_no_kernel_is_fast_enough(clock: Clock, task: Task) -> None:
+    with pytest.raises(UsageError, match=r"budget of 6.9 ms cannot be met; the int8 kernels .* take 7\. Raise"):
+        run(MixedBits(measure="ms", budget=6.9, step=INT8), stack(), task)
+
+
+def test_a_budget_in_ms_measured_for_real(trained: nn.Module, task: Task) -> None:
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed; pip install espalier[deploy]")
+    step = {"quantize.quantize": {"activations": "affine-input", "ends": "same"}}
+    data = {
+        "steps": [{"quantize.mixed-bits": {"measure": "ms", "budget": 1e3, "runtime": "onnxruntime", "step": step}}]
+    }
+    method = Recipe.from_data(data).steps[0]
+    _, record = quietly(method, trained, task)
+    assert 0 < record.details["mixed bits"]["used"] < 1e3
+    assert "fast enough in fp32" in record.warnings[0]

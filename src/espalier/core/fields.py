@@ -47,6 +47,7 @@ Rounds = Annotated[int, Range(1, 10_000, "rounds", "how often pruning and traini
 Group = Annotated[int, Range(1, 65_536, "weights", "how many weights go together")]
 Tolerance = Annotated[float, Range(0, INF, "", "up to which a value counts as zero")]
 Batches = Annotated[int, Range(1, INF, "batches", "training batches to look at")]
+Threads = Annotated[int, Range(1, INF, "threads", "threads of a runtime")]
 Probes = Annotated[int, Range(1, INF, "probes", "random vectors per batch")]
 Bins = Annotated[int, Range(2, INF, "bins", "intervals of a histogram")]
 Count = Annotated[int, Range(0, INF, "", "a whole number")]

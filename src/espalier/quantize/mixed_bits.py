@@ -1,28 +1,32 @@
 r"""Mixed bits: sensitive layers get more bits than others, under a budget.
 
 Paper    Dong, Yao, Arfeen, Gholami, Mahoney, Keutzer. HAWQ-V2: Hessian Aware trace-Weighted Quantization of Neural
-         Networks. NeurIPS 2020. arXiv:1911.03852; by=loss: measured layer by layer, as practical tools do
+         Networks. NeurIPS 2020. arXiv:1911.03852; by=loss: measured layer by layer, as practical tools do;
+         measure=ms: Yao et al. HAWQ-V3. ICML 2021. arXiv:2011.10680 (section 3.4)
 Formula  min sum_l O_l(b_l) with sum_l cost_l(b_l) <= budget;
          hessian: O_l(b) = mean trace(H_l) ||Q_b(w_l) - w_l||^2, trace(H_l) = E[v' H_l v], v_i = +-1 (Hutchinson);
          loss: O_l(b) = L(Q_b(w_l) alone) - L
 Departs  The choice is by dynamic programming over the Pareto front; the paper lists it and picks. A negative mean
          trace, which is noise or a sign that the loss is not at a minimum, counts by its absolute value. Activations
-         keep the bits of the step. A method that solves for its weights is tried as rounding to the nearest.
+         keep the bits of the step. A method that solves for its weights is tried as rounding to the nearest. Under a
+         budget in ms a layer has an int8 kernel or stays in fp32, as x86 has no kernels below 8 bits; it is timed
+         alone, with the rounding of its input and result, and what fusion saves in the whole is measured afterwards.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
 from espalier.core.context import Context
-from espalier.core.errors import UsageError
-from espalier.core.fields import Batches, Bits, Positive, Probes
+from espalier.core.errors import ModelError, UsageError
+from espalier.core.fields import Batches, Bits, Positive, Probes, Threads
 from espalier.core.method import Technique
 from espalier.core.metric import first_tensor
+from espalier.core.model import copy_model
 from espalier.core.parametrize import Slot, plain
 from espalier.core.record import Record
 from espalier.core.task import capture_call
@@ -35,15 +39,33 @@ from espalier.quantize.quantize import Quantize
 from espalier.quantize.trials import Trial, exchanged, free_values, tried
 from espalier.train.looking import batches, looking, needs
 
+if TYPE_CHECKING:
+    from espalier.quantize.layer_times import LayerTime
+
 FLOAT_BITS = 32
+KERNEL_BITS = 8
+"""Of the integer kernels: fewer bits of a weight take the same time."""
 
 
 @dataclass(frozen=True)
 class Option:
-    """One width a layer can have: as ``asked`` of the step, and tried with what the step's ends make of it."""
+    """One width a layer can have: as ``asked`` of the step, and tried with what the step's ends make of it.
 
-    asked: int
-    trial: Trial
+    Neither for a layer that stays in fp32.
+    """
+
+    asked: int | None
+    trial: Trial | None
+
+    @property
+    def bits(self) -> int:
+        """Of the weight."""
+        return FLOAT_BITS if self.trial is None else self.trial.bits
+
+    @property
+    def coded_bytes(self) -> int | None:
+        """Length of the coded weight; None in fp32."""
+        return None if self.trial is None else self.trial.coded_bytes()
 
 
 @dataclass(frozen=True)
@@ -65,7 +87,8 @@ class MixedBits(Technique):
 
     ``by``: what says how sensitive a layer is; ``against``: the task's loss, or the outputs, which need no labels.
     ``measure``: what ``budget`` counts: bits per weight on average, bytes of the coded weights, or bit operations
-    (multiply-adds x bits of the weight x bits of the input) per sample. ``widths``: the bits there are to choose from.
+    (multiply-adds x bits of the weight x bits of the input) per sample, or milliseconds of a sample in ``runtime`` with
+    ``threads`` threads, where a layer may also stay in fp32. ``widths``: the bits there are to choose from.
     ``analyse``: first measure on val what each layer alone does at the bits chosen.
     """
 
@@ -74,6 +97,8 @@ class MixedBits(Technique):
     against: Literal["loss", "output"] = "loss"
     measure: Literal["bits", "bytes", "bops", "ms"] = "bits"
     budget: Positive = 4.0
+    runtime: Literal["onnxruntime", "openvino"] = "onnxruntime"
+    threads: Threads = 1
     widths: tuple[Bits, ...] = (2, 3, 4, 6, 8)
     batches: Batches = 4
     probes: Probes = 4
@@ -87,11 +112,10 @@ class MixedBits(Technique):
 
     def conflicts(self) -> list[str]:
         found = []
-        if self.measure == "ms":
-            found.append(
-                "measure=ms: no runtime here runs layers of 2 to 7 bits faster than 8, so time does not tell the "
-                "widths apart. Give the budget in bops, which a kernel's time follows, or measure an int8 export"
-            )
+        if self.measure == "ms" and self.step.activations is None:
+            found.append("measure=ms: int8 kernels take inputs in 8 bits: give the step activations=affine-input")
+        if self.measure == "ms" and max(self.allowed, default=0) > KERNEL_BITS:
+            found.append(f"measure=ms: no kernel has more than {KERNEL_BITS} bits; leave such widths out")
         if self.step.bits is not None:
             found.append("step.bits is what this step chooses: leave it out, or use quantize.quantize alone")
         if self.step.weights is None:
@@ -115,17 +139,31 @@ class MixedBits(Technique):
             layers = [layer for layer in map(self._layer, places) if layer.options]
         if not layers:
             raise UsageError(f"{self.name}: the step would quantize no weight; choose other layers, or ends=same.")
+        times: dict[str, LayerTime] = {}
+        rest = 0.0
+        if self.measure == "ms":
+            layers, times, rest = self._timed(model, layers, context)
         values, traces = self._sensitivities(model, layers, context)
-        costs, budget, weigh = self._costs(model, layers, quiet)
+        if self.measure == "ms":
+            costs = [[times[layer.slot.name].of(o.bits) for o in layer.options] for layer in layers]
+            budget, weigh = self.budget - rest, 1.0
+        else:
+            costs, budget, weigh = self._costs(model, layers, quiet)
         picked = allocate(values, costs, budget)
         if picked is None:
-            least = sum(map(min, costs)) / weigh
+            least = rest + sum(map(min, costs)) / weigh
+            what, help_ = ("fewest bits", ", allow fewer bits in widths, or set ends=same in the step")
+            if times:
+                what, help_ = "int8 kernels and all that is not in them", " or take more threads"
             raise UsageError(
-                f"{self.name}: a budget of {self.budget:g} {self.measure} cannot be met; the fewest bits take "
-                f"{least:.6g}. Raise the budget, allow fewer bits in widths, or set ends=same in the step."
+                f"{self.name}: a budget of {self.budget:g} {self.measure} cannot be met; the {what} take {least:.6g}. "
+                f"Raise the budget{help_}."
             )
-        bits = {layer.slot.name: layer.options[i].asked for layer, i in zip(layers, picked, strict=True)}
-        used = sum(cost[i] for cost, i in zip(costs, picked, strict=True)) / weigh
+        bits = {
+            layer.slot.name: asked for layer, i in zip(layers, picked, strict=True)
+            if (asked := layer.options[i].asked) is not None
+        }  # fmt: skip
+        used = rest + sum(cost[i] for cost, i in zip(costs, picked, strict=True)) / weigh
         context.record.details["mixed bits"] = {
             "by": self.by, "measure": self.measure, "budget": self.budget, "used": used,
             "layers": [
@@ -133,11 +171,65 @@ class MixedBits(Technique):
                 for layer, i, value in zip(layers, picked, values, strict=True)
             ],
         }  # fmt: skip
-        step = self.step.replace(bits=bits)
+        if not bits:
+            context.warn(
+                f"{self.name}: the network is fast enough in fp32 for {self.budget:g} ms; nothing was quantized."
+            )
+            return model
+        step = self.step.replace(bits=bits, **({"layers": tuple(bits)} if times else {}))
         if self.analyse:
             found = analyse(model, context, step, store=context.epochs("sensitivity"))
             context.record.details["quantization sensitivity"] = found
-        return context.run(step, model)
+        if self.measure != "ms":
+            return context.run(step, model)
+        original = copy_model(model)
+        model = context.run(step, model)
+        self._check(original, model, [layer for layer in layers if layer.slot.name not in bits], used, context)
+        return model
+
+    def _timed(
+        self, model: nn.Module, layers: Sequence[Layer], context: Context
+    ) -> tuple[list[Layer], dict[str, LayerTime], float]:
+        """The layers that have an int8 kernel, with fp32 among their options; their times, and that of all the rest."""
+        from espalier.quantize.layer_times import LayerTime, Timer
+
+        owners = {path: module for layer in layers for path, module, _ in layer.slot.owners if path}
+        times = Timer(self.runtime, self.threads)(model, owners, context)
+        kept, table = [], {}
+        for layer in layers:
+            found = [times.layers[path] for path, _, _ in layer.slot.owners if path in times.layers]
+            why = next((time.why for time in found if time.why), "" if found else "it is not called with one tensor")
+            if why:
+                context.skip(layer.slot.name, f"it stays in fp32: {why}")
+                continue
+            table[layer.slot.name] = LayerTime(sum(time.fp32 for time in found), sum(time.int8 for time in found))
+            kept.append(replace(layer, options=(*layer.options, Option(None, None))))
+        if not kept:
+            raise UsageError(f"{self.name}: {self.runtime} has an int8 kernel for none of the chosen layers.")
+        return kept, table, max(0.0, times.whole - sum(time.fp32 for time in table.values()))
+
+    def _check(
+        self, original: nn.Module, model: nn.Module, left: Sequence[Layer], predicted: float, context: Context
+    ) -> None:
+        """Measure the whole network as an int8 file, and say where that is over the budget."""
+        from espalier.quantize.layer_times import Timer
+
+        paths = tuple(path for layer in left for path, _, _ in layer.slot.owners)
+        timer = Timer(self.runtime, self.threads)
+        try:
+            measured = timer.both(original, model, paths, context, self.batches)
+        except ModelError as error:
+            context.warn(f"{self.name}: the time of the whole network could not be measured: {error}")
+            return
+        context.record.details["mixed bits"]["measured"] = {
+            "runtime": self.runtime, "threads": self.threads, **{f"{name} ms": ms for name, ms in measured.items()},
+        }  # fmt: skip
+        if measured["int8"] > self.budget:
+            context.warn(
+                f"{self.name}: the int8 file takes {measured['int8']:.3g} ms in {self.runtime}, above the budget of "
+                f"{self.budget:g}; its layers alone promised {predicted:.3g} ms (fp32: {measured['fp32']:.3g} ms). "
+                "Give a smaller budget."
+            )
 
     def _layer(self, place: Place) -> Layer:
         """The widths of one weight that differ once the ends' policy is applied."""
@@ -159,8 +251,7 @@ class MixedBits(Technique):
             against=self.against,
         )  # fmt: skip
         return [
-            [abs(traces[layer.slot.name]) * distance(layer.slot.value(), option.trial.value)
-             for option in layer.options]
+            [abs(traces[layer.slot.name]) * distance(layer.slot.value(), option.trial) for option in layer.options]
             for layer in layers
         ], traces  # fmt: skip
 
@@ -172,6 +263,9 @@ class MixedBits(Technique):
             context.progress("layers tried", number, len(layers))
             row = []
             for option in layer.options:
+                if option.trial is None:
+                    row.append(0.0)
+                    continue
                 with exchanged(layer.slot, option.trial.value):
                     row.append(self._loss(model, context, answers) - base)
             found.append(row)
@@ -199,15 +293,13 @@ class MixedBits(Technique):
     ) -> tuple[list[list[float]], float, float]:
         """The cost of every option, the budget in the same unit, and what divides it to give the user's unit."""
         if self.measure == "bytes":
-            return [[float(o.trial.coded_bytes()) for o in layer.options] for layer in layers], self.budget, 1.0
+            return [[float(o.coded_bytes or 0) for o in layer.options] for layer in layers], self.budget, 1.0
         if self.measure == "bops":
             work = self._work(model, layers, context)
-            costs = [[work[layer.slot.name] * o.trial.bits for o in layer.options] for layer in layers]
+            costs = [[work[layer.slot.name] * o.bits for o in layer.options] for layer in layers]
             return costs, self.budget, 1.0
         counts = [free_values(layer.slot) for layer in layers]
-        costs = [
-            [float(count * o.trial.bits) for o in layer.options] for layer, count in zip(layers, counts, strict=True)
-        ]
+        costs = [[float(count * o.bits) for o in layer.options] for layer, count in zip(layers, counts, strict=True)]
         weigh = float(max(1, sum(counts)))
         return costs, self.budget * weigh, weigh
 
@@ -226,16 +318,16 @@ class MixedBits(Technique):
         }
 
 
-def distance(weight: Tensor, quantized: Tensor) -> float:
-    """||Q(w) - w||^2."""
-    return float((quantized.double() - weight.double()).square().sum())
+def distance(weight: Tensor, trial: Trial | None) -> float:
+    """||Q(w) - w||^2; 0 without a trial, in fp32."""
+    return 0.0 if trial is None else float((trial.value.double() - weight.double()).square().sum())
 
 
 def _row(layer: Layer, picked: int, values: Sequence[float], trace_: float | None) -> dict[str, Any]:
     option = layer.options[picked]
     row: Mapping[str, Any] = {
         "layer": layer.slot.name, "parameters": layer.slot.shape.numel(), "sensitivity": values[picked],
-        "bits": option.trial.bits, "bytes": option.trial.coded_bytes(),
-        "tried": {str(o.trial.bits): value for o, value in zip(layer.options, values, strict=True)},
+        "bits": option.bits, "bytes": option.coded_bytes,
+        "tried": {str(o.bits): value for o, value in zip(layer.options, values, strict=True)},
     }  # fmt: skip
     return {**row, **({} if trace_ is None else {"trace": trace_})}

@@ -118,9 +118,7 @@ class _Writer:
             producer = before
         if producer.op_type in CARRY:
             return producer.inputs[0] in self.grids
-        return producer in self.int8 and (
-            producer.op_type in self.profile.needs_result or producer in self.places.follow
-        )
+        return producer in self.int8 and (producer in self.places.results or producer in self.places.follow)
 
     def _passes(self, node: ir.Node, value: ir.Value) -> bool:
         return node.op_type in CARRY and node.inputs[0] is value and node.outputs[0] in self.grids

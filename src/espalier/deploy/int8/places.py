@@ -26,11 +26,13 @@ PRODUCTS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum"}) | RE
 class Places:
     """``products`` and ``follow`` run in int8; ``left`` maps the other products to the reason.
 
+    ``results``: the products that only run in int8 when what they give is on a grid for all that reads it.
     ``values``: every tensor with a grid, in the order of the graph; ``leader[v]`` is the tensor whose grid ``v`` has;
     ``symmetric`` are the leaders whose grid has zero point 0.
     """
 
     products: list[ir.Node] = field(default_factory=list)
+    results: set[ir.Node] = field(default_factory=set)
     follow: list[ir.Node] = field(default_factory=list)
     left: dict[ir.Node, str] = field(default_factory=dict)
     values: list[ir.Value] = field(default_factory=list)
@@ -82,8 +84,11 @@ class _Choice:
         for node in self.found.products:
             for value in activations(node):
                 self._choose(value)
-            if node.op_type in self.profile.needs_result:
-                self._choose(tail(node.outputs[0]))
+            result = node.outputs[0]
+            cut = tail(result) is not result
+            if node.op_type in self.profile.needs_result or (cut and node.op_type in self.profile.needs_cut_result):
+                self.found.results.add(node)
+                self._choose(tail(result))
         useful = self._useful()
         for node in self.nodes:
             if node.op_type in self.profile.follow and useful.get(node.outputs[0]) and self._can_follow(node):

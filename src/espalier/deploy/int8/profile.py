@@ -23,7 +23,8 @@ class RuntimeProfile:
     ``signed``: activations are int8, not uint8. ``symmetric``: activations have zero point 0; weights always do.
     ``weight_bits``: bits used of the 8 a weight has. ``int32_bias``: biases are int32 with the scale of the products.
     ``products``: operators with weights, or of two activations, that run in int8. ``needs_result``: those of them that
-    only do so when their result is quantized too. ``follow``: other operators that run in int8 between such.
+    only do so when their result is quantized too; ``needs_cut_result``: when it is, behind a Relu or Clip.
+    ``follow``: other operators that run in int8 between such.
     ``symmetric_pairs``: both operands of a product of two activations have zero point 0. ``carried``: Q and DQ are also
     written behind operators that only move numbers. ``clip_codes``: a range below 8 bits is cut after rounding, on the
     codes, and not before it. ``one_pass``: a product of matrices and its bias are written as one Gemm.
@@ -39,6 +40,7 @@ class RuntimeProfile:
     int32_bias: bool = False
     products: frozenset[str] = frozenset({"Conv", "Gemm", "MatMul"})
     needs_result: frozenset[str] = frozenset()
+    needs_cut_result: frozenset[str] = frozenset()
     follow: frozenset[str] = frozenset()
     symmetric_pairs: bool = False
     carried: bool = False
@@ -61,6 +63,7 @@ PROFILES: Mapping[str, RuntimeProfile] = {
             about="uint8 activations, int8 weights per channel; a convolution needs its result quantized too",
             int32_bias=True,
             needs_result=frozenset({"Conv"}),
+            needs_cut_result=frozenset({"Gemm"}),
             follow=frozenset({"Add", "Mul", "Concat", "Sigmoid", "LeakyRelu", "GlobalAveragePool", "AveragePool"}),
             carried=True,
             clip_codes=True,
