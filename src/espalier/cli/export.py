@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from espalier.cli.project import Project
     from espalier.deploy import Exported
 
-FORMATS = {"onnx": "model.onnx", "openvino": "model.xml", "safetensors": "model.safetensors"}
+FORMATS = {
+    "onnx": "model.onnx", "openvino": "model.xml", "executorch": "model.pte", "safetensors": "model.safetensors",
+}  # fmt: skip
 IN_16_BITS = ("onnx", "openvino", "safetensors")
 
 
@@ -48,7 +50,7 @@ def export(
         raise UsageError(f"--weights {weights} is for {', '.join(IN_16_BITS)}; a file for {to} has a form of its own.")
     if runtime is not None:
         int8.check_runtime(runtime)
-    model, loaded = _load(source, project, codes=to == "int8")
+    model, loaded = _load(source, project, codes=to in ("int8", "executorch"))
     if loaded is None and project is not None:
         loaded = load_project(project)
     task = loaded.task if loaded is not None else None
@@ -66,12 +68,16 @@ def export(
     if to == "safetensors":
         return {"to": to, **deploy.to_safetensors(model, path, weights=weights).to_json()}
     example: Any = task if task is not None else None
-    write = deploy.to_onnx if to == "onnx" else deploy.to_openvino
-    done = write(model, example, path, weights=weights, tolerance=tolerance, progress=progress)
+    if to == "executorch":
+        data = int8.calls(task, model) if task is not None and (task.train or task.val) is not None else None
+        done = deploy.to_executorch(model, example, path, calibration=data, tolerance=tolerance, progress=progress)
+    else:
+        write = deploy.to_onnx if to == "onnx" else deploy.to_openvino
+        done = write(model, example, path, weights=weights, tolerance=tolerance, progress=progress)
     found: dict[str, Any] = {"to": to, **done.to_json()}
     found["latency"] = _latency(model, example, done, threads)
     if task is not None and task.val is not None:
-        name = "onnxruntime" if to == "onnx" else "openvino"
+        name = "onnxruntime" if to == "onnx" else to
         if name in deploy.available():
             scores = [task.measure(m, "val", model) for m in (model, deploy.open(path, name, threads=threads).module())]
             found["metric"] = {"name": task.scorer().name, "torch": scores[0].value, name: scores[1].value,

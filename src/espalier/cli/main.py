@@ -188,14 +188,16 @@ def bench(
 @app.command()
 def export(
     source: Annotated[Path, typer.Argument(help="A run directory, an .espalier file or a project file.")],
-    to: Annotated[str, typer.Option(help="onnx, openvino, safetensors, or int8 for a runtime.")] = "onnx",
+    to: Annotated[str, typer.Option(help="onnx, openvino, executorch, safetensors, or int8 for a runtime.")] = "onnx",
     weights: Annotated[
         str, typer.Option(help="How they are stored: fp32, fp16 or bf16. Half the bytes, the same speed.")
     ] = "fp32",
     runtime: Annotated[str | None, typer.Option(help="Of int8: onnxruntime, openvino or tensorrt.")] = None,
     keep_fp32: KeepFp32 = None,
     observer: Watching = None,
-    out: Annotated[Path | None, typer.Option(help="The file to write [model.onnx, .xml, .safetensors beside].")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The file to write [model.onnx, .xml, .pte, .safetensors beside].")
+    ] = None,
     project: Annotated[
         Path | None, typer.Option(help="Project file whose task gives example and metric [the run's own].")
     ] = None,
@@ -204,7 +206,7 @@ def export(
     data_dir: DataDir = None,
     as_json: Json = False,
 ) -> None:
-    """Export to ONNX, OpenVINO or int8; the written file is run, compared with the model and timed beside it."""
+    """Export to ONNX, OpenVINO, ExecuTorch or int8; the file is run, compared with the model and timed beside it."""
     prepare(data_dir, None)
     from espalier.cli import export as exporting
     from espalier.cli.progress import shown, telling

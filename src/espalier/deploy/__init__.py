@@ -1,9 +1,10 @@
-"""Models for other runtimes: ONNX, OpenVINO and safetensors files, each run and compared after it was written."""
+"""Models for other runtimes, in ONNX, OpenVINO, ExecuTorch and safetensors files, each run and compared."""
 
 from __future__ import annotations
 
 from espalier.deploy import runtimes
 from espalier.deploy.check import Check, check, difference
+from espalier.deploy.executorch_writer import to_executorch
 from espalier.deploy.export import Exported, to_onnx, to_openvino, to_safetensors
 from espalier.deploy.int8 import Int8Exported, to_int8
 from espalier.deploy.runtimes import Deployed, Session, available, open  # noqa: A004 - read as deploy.open
@@ -21,6 +22,7 @@ __all__ = [
     "difference",
     "open",
     "runtimes",
+    "to_executorch",
     "to_int8",
     "to_onnx",
     "to_openvino",

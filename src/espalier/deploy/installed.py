@@ -13,7 +13,8 @@ from types import ModuleType
 
 from espalier.core.errors import NeedError
 
-EXTRA = "pip install 'espalier[deploy]'"
+EXTRAS = {"executorch": "executorch"}
+"""Package -> the extra that has it, where that is not ``deploy``."""
 
 
 def version(package: str) -> str | None:
@@ -30,7 +31,11 @@ def need(who: str, *packages: str) -> tuple[ModuleType, ...]:
     """Import ``packages``. Raises ``NeedError`` naming those that are missing and the extra that has them."""
     missing = [name for name in packages if version(name) is None]
     if missing:
-        raise NeedError(f"{who} needs {' and '.join(missing)}, which {_is(missing)} not installed: {EXTRA}.")
+        extras = ",".join(dict.fromkeys(EXTRAS.get(name, "deploy") for name in missing))
+        raise NeedError(
+            f"{who} needs {' and '.join(missing)}, which {_is(missing)} not installed: "
+            f"pip install 'espalier[{extras}]'."
+        )
     with quiet():
         return tuple(importlib.import_module(name) for name in packages)
 

@@ -1,4 +1,4 @@
-"""Exported files run: one kind of session for onnxruntime, OpenVINO and torch, and a module around it."""
+"""Exported files run: one kind of session for onnxruntime, OpenVINO, ExecuTorch and torch, and a module around it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SIGNATURE = "espalier.signature"
 
 def available() -> dict[str, str]:
     """The runtimes that are installed, with their versions."""
-    found = {"torch": torch.__version__, "onnxruntime": version("onnxruntime"), "openvino": version("openvino")}
+    found = {"torch": torch.__version__, **{name: version(name) for name in SUFFIXES}}
     return {name: said for name, said in found.items() if said is not None}
 
 
@@ -173,7 +173,7 @@ def _signature(stored: str | None, inputs: Sequence[str], outputs: Sequence[str]
 
 _HINTS = {"fp32": "f32", "bf16": "bf16", "auto": "dynamic"}
 PRECISIONS = tuple(_HINTS)
-SUFFIXES = {"onnxruntime": (".onnx",), "openvino": (".xml", ".onnx")}
+SUFFIXES = {"onnxruntime": (".onnx",), "openvino": (".xml", ".onnx"), "executorch": (".pte",)}
 RUNTIMES = (*SUFFIXES, "torch")
 
 
@@ -199,7 +199,7 @@ def open(  # noqa: A001
         _check_precision("torch", precision)
         return TorchSession(source, threads)
     path = Path(source)
-    runtime = runtime or ("openvino" if path.suffix == ".xml" else "onnxruntime")
+    runtime = runtime or {".xml": "openvino", ".pte": "executorch"}.get(path.suffix, "onnxruntime")
     if runtime not in RUNTIMES:
         raise UsageError(f"there is no runtime {runtime!r}.{did_you_mean(runtime, RUNTIMES)}")
     if runtime == "torch":
@@ -213,6 +213,10 @@ def open(  # noqa: A001
     _check_precision(runtime, precision)
     need(f"running a file in {runtime}", runtime)
     try:
+        if runtime == "executorch":
+            from espalier.deploy.executorch_session import ExecuTorch
+
+            return ExecuTorch(path, threads)
         return OpenVINO(path, threads, precision) if runtime == "openvino" else OnnxRuntime(path, threads)
     except (RuntimeError, ValueError, TypeError, KeyError) as error:
         raise ModelError(f"{runtime} does not read {path}: {first_line(error)} Export the model again.") from error

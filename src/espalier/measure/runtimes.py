@@ -27,8 +27,8 @@ def runtime_latency(
 ) -> dict[str, Latency]:
     """Time ``model`` in torch and every file in every installed runtime that reads it, one call of each in turn.
 
-    Names are ``torch`` and ``onnxruntime``, ``openvino``, with the file's suffix where several files meet one runtime.
-    Raises ``NeedError`` where no runtime is installed.
+    Names are ``torch`` and ``onnxruntime``, ``openvino``, ``executorch``, with the file's suffix where several files
+    meet one runtime. Raises ``NeedError`` where no runtime is installed.
     """
     models: dict[str, nn.Module] = {"torch": plain(copy_model(model)).cpu().eval()}
     for file in files:
