@@ -27,6 +27,7 @@ def test_forward_and_gradients_as_in_the_paper():
     form = form_of(TTQ(factor=0.3), weight)
     positive, negative, threshold = 0.7, 1.3, 0.3 * float(weight.abs().max())
     with torch.no_grad():
+        form.state["units"].fill_(1.0)
         form.state["positive"].fill_(positive)
         form.state["negative"].fill_(negative)
     latent = weight.clone().requires_grad_()
@@ -61,7 +62,20 @@ def test_magnitudes_start_at_the_means_of_their_sides_or_at_one():
     mask = torch.tensor([[True, True, True, True, True, False]])
     for method, expected in ((TTQ(factor=0.1), [0.75, 0.3]), (TTQ(init="one"), [1, 1])):
         state = form_of(method, weight, mask).state
-        assert [state[name].tolist() for name in ("positive", "negative")] == pytest.approx(expected)
+        assert state["units"].tolist() == pytest.approx(expected)
+        assert [state[name].tolist() for name in ("positive", "negative")] == [1, 1]
+
+
+def test_a_step_is_the_same_share_at_every_scale():
+    """In front of a norm weights 100 times as small have gradients 100 times as large; W_p moves by the same share."""
+    torch.manual_seed(3)
+    weight, g = torch.randn(5, 8), torch.randn(5, 8)
+    moved = []
+    for scale in (1.0, 0.01):
+        form = form_of(TTQ(), weight * scale)
+        form(weight * scale).backward(g / scale)
+        moved.append([float(form.state[name].grad) for name in ("positive", "negative")])
+    assert moved[0] == pytest.approx(moved[1], rel=1e-4)
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.25, 0.5, 0.9])
@@ -84,7 +98,7 @@ def test_a_learned_threshold_has_the_slope_of_its_ramp():
     weight, g = torch.randn(6, 30).double(), torch.randn(6, 30).double()
     form = form_of(TTQ(threshold="learned", factor=0.2), weight)
     (form(weight) * g).sum().backward()
-    positive, negative = (float(form.state[name].detach()) for name in ("positive", "negative"))
+    positive, negative = form.state["units"].tolist()
     largest = float(form.state["largest"])
 
     def ramp(t: float) -> float:
@@ -111,7 +125,8 @@ def test_all_three_are_trained_and_the_threshold_follows_the_weights():
                     if isinstance(tensor, nn.Parameter):
                         assert not torch.equal(tensor, old.form.state[name])
                     else:
-                        assert torch.equal(tensor, fresh[name])
+                        there = old.form.state if name == "units" else fresh
+                        assert torch.equal(tensor, there[name])
                 if threshold == "sparsity":
                     assert float((new.value() == 0).float().mean()) == pytest.approx(0.5, abs=0.01)
 

@@ -6,9 +6,10 @@ Formula  w^ = W_p for w > D, -W_n for w < -D, else 0;   D = t max|w|, t = 0.05, 
          dL/dw = W_p g for w > D,   g for |w| <= D,   W_n g for w < -D
 Departs  The paper divides the weights by max|w| first and prints dL/dW_n without its minus; its code does neither.
          W_p and W_n start at the mean magnitude of the weights that they stand for (``init=one``: at 1, as in the
-         authors' code). A learned threshold is an addition: t is trained by the slope of the ramp clip(|w| / 2D, 0, 1)
-         in the place of the step 1[|w| > D], the sum over the n weights divided by sqrt(n). D follows the latent
-         weights after every step.
+         authors' code) and are trained in units of that, so that a learning rate does to them what it does from 1: in
+         front of a batch norm their gradient is the larger the smaller they are. A learned threshold is an addition: t
+         is trained by the slope of the ramp clip(|w| / 2D, 0, 1) in the place of the step 1[|w| > D], the sum over the
+         n weights divided by sqrt(n). D follows the latent weights after every step.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from espalier.core.callback import Loop
 from espalier.core.fields import Fraction, Sparsity
 from espalier.core.quantized import Weight, WeightQuantizer
 
+SIDES = ("positive", "negative")
+"""W_p and W_n, each in its unit."""
 SMALLEST = 1e-3
 """Below which a learned factor does not fall: a threshold of zero would have no slope."""
 
@@ -94,9 +97,10 @@ class TTQ(WeightQuantizer):
         threshold = threshold_of(magnitudes, self.threshold, self.factor, self.sparsity)
         signed = weight.detach().float()
         inside = torch.ones_like(signed, dtype=torch.bool) if kept is None else kept
-        means = [_mean_beyond(side[inside], threshold, magnitudes) for side in (signed, -signed)]
-        positive, negative = means if self.init == "twn" else map(torch.ones_like, means)
-        state: dict[str, Tensor] = {"positive": nn.Parameter(positive), "negative": nn.Parameter(negative)}
+        means = torch.stack([_mean_beyond(side[inside], threshold, magnitudes) for side in (signed, -signed)])
+        units = means if self.init == "twn" else torch.ones_like(means)
+        ones = (nn.Parameter(torch.ones_like(threshold)) for _ in range(2))
+        state: dict[str, Tensor] = {**dict(zip(SIDES, ones, strict=True)), "units": units}
         if self.threshold != "learned":
             return state | {"threshold": threshold}
         factor = nn.Parameter(torch.full_like(threshold, self.factor))
@@ -105,7 +109,8 @@ class TTQ(WeightQuantizer):
     def quantize(self, w: Weight) -> Tensor:
         state = w.state
         threshold = state["factor"] * state["largest"] if self.threshold == "learned" else state["threshold"]
-        made: Tensor = Trained.apply(w.latent, state["positive"], state["negative"], threshold)  # type: ignore[no-untyped-call]
+        positive, negative = (state[name] * unit for name, unit in zip(SIDES, state["units"], strict=True))
+        made: Tensor = Trained.apply(w.latent, positive, negative, threshold)  # type: ignore[no-untyped-call]
         return made
 
     def after_step(self, w: Weight, loop: Loop) -> None:
