@@ -7,10 +7,10 @@ measured on the machine, and the network is taken for the sum of its kernels. On
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,10 @@ RUNS = 100
 
 @dataclass(frozen=True)
 class LayerTime:
-    """Milliseconds in fp32 and in int8, with the rounding of input and result; ``why``: it has no int8 form."""
+    """Milliseconds in fp32 and in int8, with the rounding of input and result; ``why``: it has no int8 form.
+
+    What any call of the runtime takes is not in them: a network is one call.
+    """
 
     fp32: float
     int8: float = float("inf")
@@ -47,11 +50,12 @@ class LayerTime:
 
 
 @dataclass(frozen=True)
-class Times:
-    """Milliseconds of the whole network in fp32, and of every layer that was called, alone, all its calls together."""
+class Finished:
+    """Milliseconds of the whole network in fp32 and in int8; ``keep_fp32``: what the int8 file leaves in fp32."""
 
-    whole: float
-    layers: Mapping[str, LayerTime]
+    fp32: float
+    int8: float
+    keep_fp32: tuple[str, ...]
 
 
 @dataclass
@@ -62,42 +66,65 @@ class Timer:
     threads: int
     known: dict[tuple[Any, ...], LayerTime] = field(default_factory=dict)
 
-    def __call__(self, model: nn.Module, layers: Mapping[str, nn.Module], context: Context) -> Times:
-        """The times of ``model`` and of its ``layers``, path -> module. Equal layers with equal inputs are timed once.
-
-        Raises ``NeedError`` where the runtime is not installed.
-        """
+    def whole(self, model: nn.Module, context: Context) -> float:
+        """Milliseconds of ``model`` in fp32. Raises ``NeedError`` where the runtime is not installed."""
         bare = plain(copy_model(model)).cpu().eval()
         call = one_call(bare, context)
-        inputs = _inputs(bare, layers, call)
         with tempfile.TemporaryDirectory() as folder:
-            to_onnx(bare, call[0] or call[1], Path(folder) / "whole.onnx", runtime=self.runtime)
-            whole = self.timed({"fp32": Path(folder) / "whole.onnx"}, call)["fp32"]
+            file = Path(folder) / "fp32.onnx"
+            to_onnx(bare, call[0] or call[1], file, runtime=self.runtime)
+            return self.timed({"fp32": file}, call)["fp32"]
+
+    def layers(self, model: nn.Module, paths: Collection[str], context: Context) -> dict[str, LayerTime]:
+        """Path -> times of that layer of ``model``, all its calls together; equal ones on equal inputs timed once.
+
+        Layers that are not called with one tensor are left out.
+        """
+        bare = plain(copy_model(model)).cpu().eval()
+        call = self.call
+        inputs = _inputs(bare, paths, one_call(bare, context))
         found = {}
         for number, (path, given) in enumerate(inputs.items()):
             context.progress("layers timed", number, len(inputs))
             each = [self._layer(bare.get_submodule(path), x) for x in given]
             why = next((time.why for time in each if time.why), "")
-            found[path] = LayerTime(sum(time.fp32 for time in each), sum(time.int8 for time in each), why)
-        return Times(whole, found)
+            found[path] = LayerTime(
+                sum(max(0.0, time.fp32 - call) for time in each), sum(max(0.0, time.int8 - call) for time in each), why
+            )
+        return found
 
-    def both(
-        self, original: nn.Module, quantized: nn.Module, in_float: tuple[str, ...], context: Context, count: int
-    ) -> dict[str, float]:
-        """Milliseconds of the whole network in fp32, and quantized as an int8 file with ``in_float`` in fp32."""
+    def finished(
+        self, original: nn.Module, quantized: nn.Module, paths: Collection[str], context: Context, count: int
+    ) -> Finished:
+        """Time ``original`` in fp32 beside ``quantized`` in int8, where only the layers ``paths`` have int8 weights.
+
+        What else the export would make int8 is what a first file of one batch has: its names are those it knows.
+        """
         bare = plain(copy_model(original)).cpu().eval()
         call = one_call(bare, context)
         example = call[0] or call[1]
         with tempfile.TemporaryDirectory() as folder, looking(quantized, context, grad=False):
             files = {"fp32": Path(folder) / "fp32.onnx", "int8": Path(folder) / "int8.onnx"}
             to_onnx(bare, example, files["fp32"], runtime=self.runtime)
-            data = (
+            data = [
                 args or kwargs
                 for batch in batches(quantized, context, count, "calibration")
                 for args, kwargs in (capture_call(context.data, quantized, batch),)
-            )
-            to_int8(quantized, example, data, files["int8"], runtime=self.runtime, keep_fp32=in_float)
-            return self.timed(files, call)
+            ]
+            first = to_int8(quantized, example, data[:1], files["int8"], runtime=self.runtime)
+            left = tuple(name for name in first.bits if name not in paths)
+            to_int8(quantized, example, data, files["int8"], runtime=self.runtime, keep_fp32=left)
+            found = self.timed(files, call)
+        return Finished(found["fp32"], found["int8"], left)
+
+    @cached_property
+    def call(self) -> float:
+        """Milliseconds of a call that computes next to nothing."""
+        x = torch.zeros(1, 1)
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "call.onnx"
+            to_onnx(nn.ReLU(), (x,), file, runtime=self.runtime)
+            return self.timed({"call": file}, ((x,), {}))["call"]
 
     def _layer(self, layer: nn.Module, x: Tensor) -> LayerTime:
         key = (type(layer), repr(layer), tuple(x.shape))
@@ -131,7 +158,7 @@ def one_call(model: nn.Module, context: Context) -> Call:
     return resized(capture_call(context.data, model, context.data.example()), 1)
 
 
-def _inputs(model: nn.Module, layers: Mapping[str, nn.Module], call: Call) -> dict[str, list[Tensor]]:
+def _inputs(model: nn.Module, paths: Collection[str], call: Call) -> dict[str, list[Tensor]]:
     """Path -> what comes into the layer, one tensor a call; layers that are not called so are left out."""
     found: dict[str, list[Tensor]] = {}
 
@@ -140,7 +167,7 @@ def _inputs(model: nn.Module, layers: Mapping[str, nn.Module], call: Call) -> di
             found.setdefault(path, []).append(args[0].detach().clone())
 
     with ExitStack() as stack, evaluating(model), torch.no_grad():
-        for path in layers:
+        for path in paths:
             stack.callback(model.get_submodule(path).register_forward_pre_hook(partial(look, path)).remove)
         model(*call[0], **call[1])
-    return {path: found[path] for path in layers if path in found}
+    return {path: found[path] for path in paths if path in found}
