@@ -542,6 +542,16 @@ def test_one_linear_layer_of_many_in_int8(runtime: str, tmp_path: Path) -> None:
         assert (done.coverage.layers, done.coverage.in_float) == (1, ()), "also where what reads it stays in fp32"
 
 
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_layers_that_share_a_weight(runtime: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)).eval()
+    model[2].weight = model[0].weight
+    done = convert(model, torch.randn(2, 8), tmp_path / "m.onnx", runtime=runtime)
+    assert (done.coverage.layers, done.coverage.in_float) == (2, ())
+    assert done.sqnr > 30
+
+
 def test_grids_that_tensorrt_cannot_hold_are_said_in_one_line(fire: tuple[nn.Module, Tensor], tmp_path: Path) -> None:
     quantized, x = fire
     done = deploy.to_int8(quantized, x[:2], [x], tmp_path / "m.onnx", runtime="tensorrt")

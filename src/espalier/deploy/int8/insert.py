@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -59,6 +60,7 @@ class _Writer:
         self.int8 = {*places.products, *places.follow}
         self.done = Written()
         self.unfit: list[str] = []
+        self.written: Counter[ir.Value] = Counter()
         self.weights: dict[tuple[ir.Value, int], tuple[ir.Value, Codes]] = {}
 
     def write(self) -> None:
@@ -217,7 +219,8 @@ class _Writer:
         self, old: ir.Value, weight: Array, axis: int, layer: str, at_least: Array | None
     ) -> tuple[ir.Value, Codes]:
         codes = encode(weight, axis, self.profile.weight_bits, self.fixed, layer, at_least=at_least)
-        name = str(old.name)
+        self.written[old] += 1  # a tied weight is written for each layer whose bias needs a scale of its own
+        name = str(old.name) + (f"/{self.written[old]}" if self.written[old] > 1 else "")
         q = initializer(self.graph, f"{name}/codes", codes.codes)
         scale = initializer(self.graph, f"{name}/scale", codes.scale)
         zero = initializer(self.graph, f"{name}/zero_point", np.zeros(codes.scale.shape, np.int8))
