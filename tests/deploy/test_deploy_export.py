@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.deploy.deploy_nets import Pair, Recurrent
 from torch import Tensor, nn
 
 import espalier as es
@@ -37,24 +38,6 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.e(x)
         return self.o(x + self.a(x, x, x, need_weights=False)[0]).mean(1)
-
-
-class Recurrent(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.r, self.o = nn.LSTM(5, 7, batch_first=True), nn.Linear(7, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.o(self.r(x)[0][:, -1])
-
-
-class Pair(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(4, 3), nn.Linear(5, 3)
-
-    def forward(self, left: Tensor, right: Tensor) -> dict[str, Tensor]:
-        return {"sum": self.a(left) + self.b(right), "left": self.a(left)}
 
 
 IMAGES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.deploy.deploy_nets import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -43,21 +44,6 @@ from espalier.deploy.int8.rules import broken_rules  # noqa: E402
 pytestmark = pytest.mark.filterwarnings("ignore")
 VNNI = Processor("a processor with VNNI", frozenset({"avx512_vnni"}))
 IMAGES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-
-
-class Block(nn.Module):
-    """Convolution, batch norm, relu, a residual sum, a depthwise layer, a mean and a linear layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.c1, self.b1 = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
-        self.c2, self.b2 = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
-        self.dw, self.pool, self.fc = nn.Conv2d(8, 8, 3, groups=8), nn.AdaptiveAvgPool2d(1), nn.Linear(8, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.max_pool2d(F.relu(self.b1(self.c1(x))), 2)
-        x = F.relu(x + self.b2(self.c2(x)))
-        return self.fc(self.pool(F.relu6(self.dw(x))).flatten(1))
 
 
 class Attention(nn.Module):

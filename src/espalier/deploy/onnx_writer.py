@@ -246,7 +246,9 @@ def save_onnx(model: Any, path: Path, *, external: bool | None = None) -> None:
     """Write a model of ``onnx_ir``; its weights into ``path.data`` where told, or where one file does not hold them."""
     import onnx_ir as ir
 
-    weights = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
+    weights = sum(
+        value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     if external or (external is None and weights > ONE_FILE):
         ir.save(model, path, external_data=f"{path.name}.data")

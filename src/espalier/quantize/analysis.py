@@ -49,7 +49,7 @@ class Switches:
         twin = copy_model(model)
         with self.context.forked("sensitivity"):
             places = chosen(twin, step.layers, step.bits, self.context, step.name, densify=step.densify)
-            observed = step._observe(twin, places, self.context)
+            observed = step.observed(twin, places, self.context)
             self.model = step._inputs(twin, observed, places, Stage("sensitivity"), self.context)
             self.switches: dict[str, Switch] = {}
             for place in places:

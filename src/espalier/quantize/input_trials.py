@@ -40,7 +40,7 @@ def input_trials(
     model: nn.Module, places: list[Place], step: Quantize, widths: Sequence[int], context: Context
 ) -> dict[str, list[InputTrial]]:
     """Weight name -> the widths its inputs can have, as ``step`` would calibrate them; none where it leaves them."""
-    observed = step._observe(model, places, context)
+    observed = step.observed(model, places, context)
     found: dict[str, dict[int, InputTrial]] = {}
     for asked in widths:
         asking = step.replace(activation_bits=asked)

@@ -12,6 +12,8 @@ from espalier.quantize.places import Place
 from espalier.quantize.trials import Trial
 
 FLOAT_BITS = 32
+KERNEL_BITS = 8
+"""Of the integer kernels: fewer bits of a weight take the same time."""
 
 
 @dataclass(frozen=True)

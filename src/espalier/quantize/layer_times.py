@@ -26,6 +26,7 @@ from espalier.deploy import open as open_file
 from espalier.deploy import to_int8, to_onnx
 from espalier.deploy.check import Call, resized
 from espalier.measure.speed import latency
+from espalier.quantize.layer_options import KERNEL_BITS
 from espalier.train.looking import batches, looking
 
 SECONDS = 2.0
@@ -46,7 +47,7 @@ class LayerTime:
 
     def of(self, bits: int) -> float:
         """Of a weight in so many bits: the int8 kernel up to 8, else fp32."""
-        return self.int8 if bits <= 8 else self.fp32
+        return self.int8 if bits <= KERNEL_BITS else self.fp32
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ from espalier.graph import macs, trace
 from espalier.quantize.analysis import analyse
 from espalier.quantize.hutchinson import mean_traces
 from espalier.quantize.input_trials import InputTrial, input_sensitivities, input_trials, quantizing
-from espalier.quantize.layer_options import FLOAT_BITS, Budget, Layer, Option
+from espalier.quantize.layer_options import FLOAT_BITS, KERNEL_BITS, Budget, Layer, Option
 from espalier.quantize.places import Place, chosen, input_layers
 from espalier.quantize.quantize import Quantize
 from espalier.quantize.trials import Trial, exchanged, free_values, tried
@@ -45,9 +45,6 @@ from espalier.train.looking import batches, looking, needs
 
 if TYPE_CHECKING:
     from espalier.quantize.layer_times import LayerTime, Timer
-
-KERNEL_BITS = 8
-"""Of the integer kernels: fewer bits of a weight take the same time."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -78,7 +78,7 @@ class Quantize(Training):
     def transform(self, model: nn.Module, context: Context) -> nn.Module:
         """Calibrate, attach, train stage by stage, and say what is covered."""
         places = chosen(model, self.layers, self.bits, context, self.name, densify=self.densify)
-        observed = self._observe(model, places, context)
+        observed = self.observed(model, places, context)
         stages = self.stages()
         for number, stage in enumerate(stages):
             weights = self._weights(places, stage, context)
@@ -145,9 +145,10 @@ class Quantize(Training):
 
     # --- inputs --------------------------------------------------------------------------------------------------
 
-    def _observe(
+    def observed(
         self, model: nn.Module, places: list[Place], context: Context
     ) -> dict[str, tuple[nn.Module, Place, Observed]]:
+        """Path -> the layer, its weight's place and what calibration saw come in, where inputs are to be quantized."""
         if self.activations is None:
             return {}
         layers = input_layers(places, context)

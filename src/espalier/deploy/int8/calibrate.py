@@ -19,10 +19,10 @@ from espalier.deploy.check import Call
 from espalier.deploy.installed import need, quiet
 from espalier.deploy.int8.grid import Grid, from_range
 from espalier.deploy.int8.markers import FUNCTION
-from espalier.deploy.int8.network import write_model
 from espalier.deploy.int8.observers import Observer, ObserverFactory
 from espalier.deploy.int8.places import Places
 from espalier.deploy.int8.profile import RuntimeProfile
+from espalier.deploy.onnx_writer import save_onnx
 from espalier.deploy.runtimes import Array, first_line
 from espalier.deploy.signature import Signature, tensors_in
 
@@ -88,7 +88,7 @@ def _session(model: ir.Model, watched: Sequence[str], folder: Path) -> Any:
     try:
         graph.outputs.extend(known[name] for name in watched if name not in given)
         model.functions[function.identifier()] = function
-        write_model(model, file)
+        save_onnx(model, file)
     finally:
         model.functions.clear()
         while len(graph.outputs) > len(before):

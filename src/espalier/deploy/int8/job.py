@@ -21,7 +21,6 @@ from espalier.deploy.int8.count import coverage_of
 from espalier.deploy.int8.executed import ASK
 from espalier.deploy.int8.insert import Written, write_qdq
 from espalier.deploy.int8.markers import DOMAIN, marked
-from espalier.deploy.int8.network import write_model
 from espalier.deploy.int8.observers import ObserverFactory
 from espalier.deploy.int8.places import Places, layer_name, places
 from espalier.deploy.int8.prepare import prepare
@@ -30,7 +29,7 @@ from espalier.deploy.int8.profile import RuntimeProfile
 from espalier.deploy.int8.result import TOLERANCE_DB, Agreement, Coverage
 from espalier.deploy.int8.rules import check_rules
 from espalier.deploy.int8.weights import Fixed, fixed_codes
-from espalier.deploy.onnx_writer import write_onnx, written_out_attention
+from espalier.deploy.onnx_writer import save_onnx, write_onnx, written_out_attention
 from espalier.deploy.openvino_writer import write_openvino
 from espalier.deploy.signature import Signature
 
@@ -86,7 +85,7 @@ class Job:
         self.network.graph.opset_imports.pop(DOMAIN, None)
         if self.profile.symmetric:
             check_rules(self.network)
-        write_model(self.network, self.qdq)
+        save_onnx(self.network, self.qdq)
         if self.staged.suffix == ".xml":
             write_openvino(self.qdq, self.signature, self.staged)
 

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from espalier.core.files import write_atomic
-from espalier.deploy.onnx_writer import ONE_FILE
 from espalier.deploy.runtimes import Array
 
 
@@ -120,12 +117,3 @@ def remove(node: ir.Node) -> None:
     """Take a node out whose results nothing reads."""
     if node.graph is not None:
         node.graph.remove(node, safe=True)
-
-
-def write_model(model: ir.Model, path: Path) -> None:
-    """Write the file; weights above what one file holds go into ``path.data``."""
-    weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
-    if weights > ONE_FILE:
-        ir.save(model, path, external_data=f"{path.name}.data")
-    else:
-        write_atomic(path, ir.to_proto(model).SerializeToString(deterministic=True))
