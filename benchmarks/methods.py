@@ -29,7 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.common import RESULTS, save
 from benchmarks.methods_parts.networks import NETWORKS
-from benchmarks.methods_parts.rows import Row, Setting, rows
+from benchmarks.methods_parts.row import Row, Setting
+from benchmarks.methods_parts.rows import rows
 
 import espalier as es
 from espalier.core.context import Context
