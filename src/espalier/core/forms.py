@@ -49,6 +49,8 @@ class Form(nn.Module):
 
     kind: ClassVar[str]
     phase: ClassVar[Phase]
+    flat: ClassVar[bool] = False
+    """Whether the latent tensor is a one-dimensional list of numbers that the weight is made from."""
 
     @abstractmethod
     def forward(self, latent: Tensor) -> Tensor:
@@ -180,6 +182,7 @@ class Shared(Form):
 
     kind = "shared"
     phase = "codes"
+    flat = True
     index: Tensor
 
     def __init__(self, index: Tensor, centroids: Tensor | None, *, zero: bool) -> None:

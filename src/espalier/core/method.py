@@ -274,6 +274,8 @@ class Technique(Method):
     """A method that turns a model into another: ``technique(model, context) -> model``."""
 
     kind: ClassVar[str] = "technique"
+    changes_outputs: ClassVar[bool] = False
+    """Whether the result may hand back other shapes than the model did: a new head for a new task."""
 
     @abstractmethod
     def transform(self, model: nn.Module, context: Context) -> nn.Module:

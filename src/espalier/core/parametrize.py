@@ -21,6 +21,7 @@ from espalier.core.errors import ModelError, PhaseError
 from espalier.core.forms import FORMS, Form, Phase, dense_representation
 from espalier.core.model import copy_model
 from espalier.core.representation import Representation
+from espalier.core.structures.form import StructuredWeight  # noqa: F401 - checkpoints name it
 
 
 @dataclass

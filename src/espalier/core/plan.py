@@ -34,7 +34,7 @@ def register_edit(cls: type[Edit]) -> type[Edit]:
     return cls
 
 
-_HISTORY = "_espalier_plan"
+_HISTORY, _BASE = "_espalier_plan", "_espalier_base"
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Plan:
         new ones join its first group. State that cannot be cut is dropped for its parameter, with a warning that
         comes before anything is changed. The edits are remembered: see :func:`applied`.
         """
-        history = applied(model) + self
+        history, start = applied(model) + self, base(model)
         known = slots(model)
         if optimizer is not None:
             self._warn_of_lost_state(known, optimizer)
@@ -72,7 +72,7 @@ class Plan:
                 _carry(optimizer, before, known)
         if self.edits:
             model.__dict__[_HISTORY] = history
-        return model
+        return rebase(model, start)
 
     def _warn_of_lost_state(self, known: Mapping[str, Slot], optimizer: torch.optim.Optimizer) -> None:
         """One warning for all state that :meth:`Keep.carry` will drop; cuts leave every other dimension as it is."""
@@ -131,6 +131,17 @@ def applied(model: nn.Module) -> Plan:
     """Every edit that made ``model`` from the one its owner built, in order; copies remember it."""
     history = model.__dict__.get(_HISTORY)
     return history if isinstance(history, Plan) else Plan()
+
+
+def base(model: nn.Module) -> str:
+    """The name of the model that :func:`applied` starts from: ``original``, or that of a student."""
+    return str(model.__dict__.get(_BASE, "original"))
+
+
+def rebase(model: nn.Module, name: str) -> nn.Module:
+    """Say that ``model`` is made from the model called ``name`` (see ``Context.models``); copies remember it."""
+    model.__dict__[_BASE] = name
+    return model
 
 
 def _carry(optimizer: torch.optim.Optimizer, before: Mapping[str, Slot], after: Mapping[str, Slot]) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from espalier.core.callback import Loop
 from espalier.core.errors import ModelError
-from espalier.core.forms import FORMS, Form, Mask, Shared, dense_representation, dtype_name, register_form, to_numpy
+from espalier.core.forms import FORMS, Form, Mask, dense_representation, dtype_name, register_form, to_numpy
 from espalier.core.method import Method
 from espalier.core.representation import Affine, Codebook, Representation
 
@@ -214,8 +214,9 @@ def spread(values: Tensor, shape: torch.Size, group: int) -> Tensor:
 class QuantizedWeight(Form):
     """The form of every quantized weight: ``inner(method.quantize(latent))``.
 
-    ``inner``: the :class:`Mask` or :class:`Shared` form of an earlier step, kept as it is; with ``Shared`` the shared
-    values are what is quantized. ``trained``: whether the model has been trained with this form in place.
+    ``inner``: the :class:`Mask` or flat form (:class:`Shared`, structured) of an earlier step, kept as it is; with a
+    flat one the numbers that the weight is made from are quantized. ``trained``: whether the model has been trained
+    with this form in place.
     """
 
     kind = "quantized"
@@ -226,10 +227,10 @@ class QuantizedWeight(Form):
         self, method: WeightQuantizer, weight: Tensor, bits: int, *, axis: int | None = 0, inner: Form | None = None,
         name: str = "",
     ) -> None:  # fmt: skip
-        """``weight``: the effective weight so far, or with ``Shared`` its centroids, which are the latent tensor."""
+        """``weight``: the effective weight so far, or with a flat ``inner`` the numbers it is made from."""
         super().__init__()
         self.method, self.bits, self.name = method, bits, name
-        self.axis = None if isinstance(inner, Shared) else axis
+        self.axis = None if inner is not None and inner.flat else axis
         self.inner = inner
         self.state = State(method.start(weight.detach(), bits, self.axis, self.kept))
         self._initial = method.latent(weight.detach(), bits)
@@ -272,7 +273,7 @@ class QuantizedWeight(Form):
 
     def freeze(self, latent: Tensor) -> Representation:
         with self._used():
-            if isinstance(self.inner, Shared):
+            if self.inner is not None and self.inner.flat:
                 return self.inner.freeze(self.method.quantize(self.view(latent)))
             return self.method.freeze(self.view(latent), self(latent))
 
@@ -300,10 +301,10 @@ class QuantizedWeight(Form):
 
     @property
     def cuts_latent(self) -> bool:
-        return not isinstance(self.inner, Shared)
+        return self.inner is None or not self.inner.flat
 
     def take_latent(self, latent: Tensor, dim: int, index: Tensor) -> Tensor:
-        if isinstance(self.inner, Shared):
+        if not self.cuts_latent:
             return latent
         return latent.index_select(dim + self.method.stacked, index.to(latent.device))
 
@@ -322,7 +323,9 @@ class QuantizedWeight(Form):
             inner = FORMS[spec["inner"]["kind"]].blank({**spec["inner"], "k": spec["k"]}, weight)
         method, bits = method_of(WeightQuantizer, spec["method"]), int(spec["bits"])
         per_value = method.latent(torch.zeros(1), bits).numel()
-        start = torch.zeros(int(spec["k"]) // per_value, dtype=weight.dtype) if isinstance(inner, Shared) else weight
+        start = (
+            torch.zeros(int(spec["k"]) // per_value, dtype=weight.dtype) if inner is not None and inner.flat else weight
+        )
         made = cls(method, start, bits, axis=spec["axis"], inner=inner, name=str(spec["called"]))
         made.trained = bool(spec.get("trained", False))
         return made

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from espalier.core.errors import Corrupt, UsageError, did_you_mean
 from espalier.core.files import write_atomic
 from espalier.core.representation import Affine, Codebook, Dense, Masked, Outliers, Representation
+from espalier.core.structures.stored import Structured
 from espalier.encode.bits import deflate
 from espalier.encode.coder import Coder, Hint
 from espalier.encode.coders import resolve, smallest
@@ -34,6 +35,8 @@ def narrowed(representation: Representation) -> Representation:
         return replace(representation, inner=narrowed(representation.inner))
     if isinstance(representation, Outliers):
         return replace(representation, inner=narrowed(representation.inner), exact=narrowed(representation.exact))
+    if isinstance(representation, Structured):
+        return replace(representation, parts={name: narrowed(part) for name, part in representation.parts.items()})
     if isinstance(representation, Dense) and representation.stored == "float32":
         return representation.narrowed("float16")
     if isinstance(representation, Codebook):
@@ -59,6 +62,9 @@ def hint_of(representation: Representation, part: str) -> Hint | None:
     if isinstance(representation, Outliers) and "." in part:
         place, _, rest = part.partition(".")
         return hint_of(representation.inner if place == "inner" else representation.exact, rest)
+    if isinstance(representation, Structured):
+        place, _, rest = part.partition(".")
+        return hint_of(representation.parts[place], rest)
     if part == "mask":
         return Hint(0)
     if part == "codes" and isinstance(representation, Affine) and representation.zero is not None:

@@ -10,7 +10,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from espalier.core.context import Context
 from espalier.core.errors import NumericError, PhaseError
-from espalier.core.forms import Form, Shared
+from espalier.core.forms import Form
 from espalier.core.parametrize import Slot, bake, slots
 from espalier.core.quantized import QuantizedWeight
 from espalier.core.selection import by_pattern, select, weights
@@ -52,7 +52,7 @@ def chosen(
     table = by_pattern(model, selection, bits, None, who=who) if isinstance(bits, Mapping) else {}
     at_end, found = ends(model), []
     for slot in selection:
-        if isinstance(slot.form, Form) and slot.phase == "codes" and not isinstance(slot.form, Shared):
+        if isinstance(slot.form, Form) and slot.phase == "codes" and not slot.form.flat:
             if not densify:
                 raise PhaseError(
                     f"{who} would change {slot.name}, whose weights are on a grid already "

@@ -20,7 +20,7 @@ from torch import nn
 from espalier.core.callback import Callback
 from espalier.core.context import Context
 from espalier.core.fields import Batches, Bits, Epochs
-from espalier.core.forms import Mask, Shared
+from espalier.core.forms import Mask
 from espalier.core.inputs import ActivationQuantizer, Observed, QuantizeInput, quantized_input
 from espalier.core.parametrize import Slot, attach
 from espalier.core.plan import Plan
@@ -228,11 +228,11 @@ def put(slot: Slot, method: WeightQuantizer, bits: int) -> None:
     if isinstance(old, QuantizedWeight) and old.method == method and old.bits == bits:
         return
     inner = old.inner if isinstance(old, QuantizedWeight) else old
-    assert inner is None or isinstance(inner, (Mask, Shared))  # noqa: S101 - places refuses all others
+    assert inner is None or isinstance(inner, Mask) or inner.flat  # noqa: S101 - places refuses all others
     goes_on = isinstance(old, QuantizedWeight) and old.method == method and not method.stacked
-    if goes_on or (isinstance(inner, Shared) and old is inner):
+    if goes_on or (inner is not None and inner.flat and old is inner):
         start = latent
-    elif isinstance(inner, Shared) and isinstance(old, QuantizedWeight):
+    elif inner is not None and inner.flat and isinstance(old, QuantizedWeight):
         with torch.no_grad():
             start = old.method.quantize(old.eval().view(latent))
     else:
@@ -261,7 +261,7 @@ def _solve(model: nn.Module, slots: list[Slot], context: Context) -> None:
         form = slot.form
         assert isinstance(form, QuantizedWeight)  # noqa: S101 - just put there
         context.progress("layers", number, len(ordered))
-        if not isinstance(form.method, LayerSolver) or isinstance(form.inner, Shared):
+        if not isinstance(form.method, LayerSolver) or (form.inner is not None and form.inner.flat):
             continue
         solved = form.method.solve(model, slot, form.bits, form.axis, context)
         with torch.no_grad():

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from espalier.core.forms import Mask, Shared
+from espalier.core.forms import Mask
 from espalier.core.parametrize import Slot
 from espalier.core.quantized import QuantizedWeight, WeightQuantizer
 from espalier.core.representation import Representation
@@ -43,7 +43,7 @@ def tried(slot: Slot, method: WeightQuantizer, bits: int) -> Trial:
     A method that solves for its weights is tried as rounding to the nearest.
     """
     inner = copy.deepcopy(slot.form)
-    start = slot.latent.detach().clone() if isinstance(inner, Shared) else slot.value()
+    start = slot.latent.detach().clone() if inner is not None and inner.flat else slot.value()
     form = QuantizedWeight(method, start, bits, axis=output_axis(slot), inner=inner, name=slot.name)
     latent = form.right_inverse(start)
     form.eval()

@@ -6,6 +6,7 @@ Structure comes from the model the user gave: the plan is replayed on a copy of 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from espalier.core.errors import RunError
 from espalier.core.files import write_atomic
 from espalier.core.model import copy_model
 from espalier.core.parametrize import form_specs, restore_forms
-from espalier.core.plan import Plan, applied
+from espalier.core.plan import Plan, applied, base, rebase
 
 
 def distinct_state(model: nn.Module) -> dict[str, Tensor]:
@@ -34,15 +35,22 @@ def distinct_state(model: nn.Module) -> dict[str, Tensor]:
 
 def save_model(model: nn.Module, path: Path) -> None:
     """Write state, plan and forms into one safetensors file, atomically."""
-    metadata = {"forms": json.dumps(form_specs(model)), "plan": json.dumps(applied(model).to_json())}
+    metadata = {
+        "base": base(model), "forms": json.dumps(form_specs(model)), "plan": json.dumps(applied(model).to_json()),
+    }  # fmt: skip
     write_atomic(path, save(distinct_state(model), metadata=metadata), parents=True)
 
 
-def load_model(skeleton: nn.Module, path: Path) -> nn.Module:
-    """A copy of ``skeleton`` in the checkpointed state. Raises ``RunError`` when the two do not fit."""
+def load_model(skeleton: nn.Module, path: Path, models: Mapping[str, nn.Module] | None = None) -> nn.Module:
+    """A copy of ``skeleton`` in the checkpointed state; of the one of ``models`` that the checkpoint is based on.
+
+    Raises ``RunError`` when the two do not fit.
+    """
     tensors, metadata = _read(path)
+    name = metadata.get("base", "original")
+    skeleton = (models or {}).get(name, skeleton)
     plan = Plan.from_json(json.loads(metadata.get("plan", "[]")))
-    model = Plan(plan.edits[len(applied(skeleton).edits) :]).apply(copy_model(skeleton))
+    model = Plan(plan.edits[len(applied(skeleton).edits) :]).apply(rebase(copy_model(skeleton), name))
     restore_forms(model, json.loads(metadata.get("forms", "{}")))
     try:
         missing, unexpected = model.load_state_dict(tensors, strict=False)

@@ -22,6 +22,7 @@ from espalier.core.method import Technique
 from espalier.core.metric import Score
 from espalier.core.model import check_finite, copy_model, digest
 from espalier.core.parametrize import plain
+from espalier.core.plan import base
 from espalier.core.recipe import FileOptions, Recipe, step_to_data
 from espalier.core.target import Target
 from espalier.core.task import Task, capture_call
@@ -158,7 +159,7 @@ class Run:
         before = self._baseline(context, original)
 
         def attempt(recipe: Technique, name: str) -> tuple[int, Score | None]:
-            return self._attempt(context, original, recipe, name)
+            return self._attempt(context, recipe, name)
 
         return search_strength(
             self.recipe, self.target, self.directory, attempt=attempt, keep=self._keep, before=before,
@@ -175,14 +176,15 @@ class Run:
             return score
         return Score(done["value"], done["stderr"], done["count"])
 
-    def _attempt(
-        self, context: RunContext, original: nn.Module, recipe: Technique, name: str
-    ) -> tuple[int, Score | None]:
-        """Run one recipe and write its files; returns the length of ``model.espalier`` and its score on val."""
+    def _attempt(self, context: RunContext, recipe: Technique, name: str) -> tuple[int, Score | None]:
+        """Run one recipe and write its files; returns the length of ``model.espalier`` and its score on val.
+
+        The file of weights is for a receiver with the model that the result is made from: a student may be one.
+        """
         model = context.run(recipe, copy_model(self.model).to(self.device).eval(), name)
         writer = context.child(f"{name}/file", recipe)
-        written = write_files(model, original, writer, self.options, self._folder(name))
-        self.directory.log("file", name=name, **self._describe(written, writer))
+        written = write_files(model, context.model(base(model)), writer, self.options, self._folder(name))
+        self.directory.log("file", name=name, base=base(model), **self._describe(written, writer))
         length = int(written.files[SELF_CONTAINED]["bytes"])
         return length, written.val
 
@@ -227,7 +229,8 @@ class Run:
         event = self.directory.find("file", name=name) or {}
         if event["files"][SELF_CONTAINED]["info"]["graph"]:
             return load(path)
-        return load(path, into=copy_model(original).cpu()).eval()
+        skeleton = {**self.models, "original": original}[event.get("base", "original")]
+        return load(path, into=copy_model(skeleton).cpu()).eval()
 
     def _record(self, context: RunContext, original: nn.Module, model: nn.Module, outcome: Outcome) -> dict[str, Any]:
         from espalier.runs.summary import summarise
@@ -305,7 +308,6 @@ def _told(done: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _macs(original: nn.Module, model: nn.Module, task: Task) -> dict[str, int]:
     from espalier.core.errors import ModelError
-    from espalier.core.parametrize import plain
     from espalier.graph import macs, trace
 
     found = {}
