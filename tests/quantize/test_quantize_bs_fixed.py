@@ -27,7 +27,8 @@ def split_error(values: torch.Tensor, low: torch.Tensor) -> float:
 
 def constants(method: BSFixed, weight: torch.Tensor, kept: torch.Tensor | None = None) -> tuple[float, ...]:
     state = method.start(weight, 1, 0, kept)
-    return tuple(float(state[name].detach()) for name in ("c1", "c2", "threshold"))
+    c1, c2, unit, threshold = (float(state[name].detach()) for name in ("c1", "c2", "unit", "threshold"))
+    return c1 * unit, c2 * unit, threshold
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -67,14 +68,14 @@ def test_gradients_are_sums_over_the_members() -> None:
     w = view(BSFixed(), weight, training=True)
     BSFixed().quantize(w).backward(gradient)
     below = weight.detach() < 0
-    assert torch.allclose(w.state["c1"].grad, gradient[below].sum())
-    assert torch.allclose(w.state["c2"].grad, gradient[~below].sum())
+    assert torch.allclose(w.state["c1"].grad, gradient[below].sum() * w.state["unit"])
+    assert torch.allclose(w.state["c2"].grad, gradient[~below].sum() * w.state["unit"])
     assert torch.equal(weight.grad, gradient)
 
 
 def test_kept_weights_alone_make_the_constants() -> None:
     weight, kept = torch.tensor([[-1.0, 5.0, 9.0]]), torch.tensor([[True, True, False]])
-    assert constants(BSFixed(), weight, kept) == (-1.0, 5.0, 0.0)
+    assert constants(BSFixed(), weight, kept) == pytest.approx((-1.0, 5.0, 0.0))
 
 
 class Watch(Callback):

@@ -6,7 +6,8 @@ Formula  w^ = C1 where w < t, else C2;   dL/dC1 = sum of dL/dw^ over w < t, dL/d
          start: t = 0, C1 = <w | w < 0>, C2 = <w | w >= 0>
 Departs  ``init=otsu`` starts from the t that splits the weights with least squared error and the means of both sides,
          and t stays; ``init=glorot`` from t = 0 and -+sqrt(1.5 / (n_in + n_out)). The constants are learned by the
-         optimizer of the weights; ``constants=frozen`` learns them for the first share ``warmup`` of each training
+         optimizer of the weights in units of their mean magnitude at the start, so that a learning rate does to them
+         what it would from 1: in front of a batch norm their gradient is the larger the smaller they are; ``constants=frozen`` learns them for the first share ``warmup`` of each training
          and then fixes them, while weights go on changing sides.
 """
 
@@ -65,13 +66,15 @@ class BSFixed(WeightQuantizer):
         threshold = otsu(values) if self.init == "otsu" and len(values) else 0.0
         size = glorot(weight.shape)
         low, high = (-size, size) if self.init == "glorot" else means(values, threshold)
-        named = {"c1": low, "c2": high, "threshold": threshold}
+        unit = (abs(low) + abs(high)) / 2 or 1.0
+        named = {"c1": low / unit, "c2": high / unit, "unit": unit, "threshold": threshold}
         tensors = {name: torch.tensor(v, dtype=torch.float32, device=weight.device) for name, v in named.items()}
-        return {name: nn.Parameter(tensor) if name != "threshold" else tensor for name, tensor in tensors.items()}
+        return {name: nn.Parameter(tensor) if name in ("c1", "c2") else tensor for name, tensor in tensors.items()}
 
     def quantize(self, w: Weight) -> Tensor:
         upper = w.latent.detach() >= w.state["threshold"]
-        chosen = torch.where(upper, w.state["c2"], w.state["c1"]).to(w.latent.dtype)
+        unit = w.state["unit"]
+        chosen = torch.where(upper, w.state["c2"] * unit, w.state["c1"] * unit).to(w.latent.dtype)
         return chosen + (w.latent - w.latent.detach())
 
     def before_step(self, w: Weight, loop: Loop) -> None:
