@@ -12,7 +12,9 @@ if TYPE_CHECKING:  # "import a.b as b": a from-import of itself would be typed b
     import espalier.compact as compact  # noqa: PLR0402
     import espalier.data as data  # noqa: PLR0402
     import espalier.deploy as deploy  # noqa: PLR0402
+    import espalier.distill as distill  # noqa: PLR0402
     import espalier.encode as encode  # noqa: PLR0402
+    import espalier.factorize as factorize  # noqa: PLR0402
     import espalier.graph as graph  # noqa: PLR0402
     import espalier.measure as measure  # noqa: PLR0402
     import espalier.prune as prune  # noqa: PLR0402
@@ -45,12 +47,12 @@ _HOMES = {
     "unpack": "espalier.encode",
     "verify": "espalier.encode",
 }
-_ROOMS = ("compact", "data", "deploy", "encode", "graph", "measure", "prune", "quantize", "recipes", "report", "runs",
-          "share", "tasks", "train")  # fmt: skip
+_ROOMS = ("compact", "data", "deploy", "distill", "encode", "factorize", "graph", "measure", "prune", "quantize",
+          "recipes", "report", "runs", "share", "tasks", "train")  # fmt: skip
 
-__all__ = ["Context", "Metric", "Recipe", "Target", "Task", "compact", "compress", "data", "deploy", "encode", "graph",
-           "info", "load", "measure", "prune", "quantize", "recipes", "report", "runs", "share", "tasks", "train",
-           "unpack", "verify"]  # fmt: skip
+__all__ = ["Context", "Metric", "Recipe", "Target", "Task", "compact", "compress", "data", "deploy", "distill",
+           "encode", "factorize", "graph", "info", "load", "measure", "prune", "quantize", "recipes", "report", "runs",
+           "share", "tasks", "train", "unpack", "verify"]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from espalier.core.task import Task
 
-METHOD_ROOMS = ("encode", "train", "prune", "share", "quantize", "recipes")
+METHOD_ROOMS = ("encode", "train", "prune", "quantize", "share", "factorize", "compact", "distill", "recipes")
 
 __all__ = ["Result", "compress", "fill_registry", "load", "named_recipe"]
 

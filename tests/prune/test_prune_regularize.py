@@ -42,10 +42,10 @@ from espalier.prune.group_lasso import block_soft_threshold
 from espalier.prune.grouping import group_dims, grouped, ungrouped
 from espalier.prune.growing import unimportant
 from espalier.prune.hard_concrete import gate, open_probability
-from espalier.prune.penalty import soft_threshold, step_sizes
 from espalier.prune.scale import batch_norms
 from espalier.share import KMeans
 from espalier.train import SGD, Constant
+from espalier.train.proximal import soft_threshold, step_sizes
 
 SEEDS = st.integers(0, 100)
 

@@ -163,6 +163,17 @@ def test_early_stopping_restores_the_best(scores, higher, patience, best, epochs
     assert result.stopped == ("patience" if epochs < len(scores) else "")
 
 
+@pytest.mark.parametrize(("higher", "sign"), [(True, 1), (False, -1)])
+def test_a_small_gain_is_the_best_but_renews_no_patience(higher: bool, sign: int) -> None:
+    scores = [sign * score for score in (1.0, 5.0, 5.5, 6.0, 5.9, 9.0)]
+    result, epoch = scripted(scores, higher=higher, stopping=EarlyStopping(patience=3, gain=1.0))
+    assert (result.best_epoch, epoch, len(result.history), result.stopped) == (4, 4, 5, "patience")
+    result, _ = scripted(scores, higher=higher, stopping=EarlyStopping(patience=3, gain=0.9))
+    assert (result.best_epoch, len(result.history)) == (6, 6)
+    result, _ = scripted(scores[:3], higher=higher, stopping=EarlyStopping(patience=1, gain=1.0))
+    assert (result.best_epoch, len(result.history)) == (3, 3)
+
+
 def test_epochs_before_the_schedule_has_settled_are_no_candidates() -> None:
     result, epoch = scripted([9.0, 8, 7, 1, 2, 1, 1], higher=True, stopping=EarlyStopping(patience=2), settled=3)
     assert (result.best_epoch, epoch, len(result.history)) == (5, 5, 7)

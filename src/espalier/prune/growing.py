@@ -23,8 +23,9 @@ from espalier.core.parametrize import Slot
 from espalier.core.ranking import smallest
 from espalier.core.selection import Selection
 from espalier.prune.grouping import Groups, group_dims, grouped, ungrouped
-from espalier.prune.penalty import SparsityPenalty, step_sizes
+from espalier.prune.penalty import SparsityPenalty
 from espalier.prune.sparsifier import Masking, Sparsifier
+from espalier.train.proximal import step_sizes
 
 
 def unimportant(weight: Tensor, sparsity: float, dims: tuple[int, ...]) -> Tensor:

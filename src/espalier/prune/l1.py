@@ -14,7 +14,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from espalier.prune.penalty import ProximalPenalty, soft_threshold
+from espalier.prune.penalty import ProximalPenalty
+from espalier.train.proximal import soft_threshold
 
 
 @dataclass(frozen=True, kw_only=True)

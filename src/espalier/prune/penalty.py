@@ -1,10 +1,8 @@
 """Penalties that make weights exactly zero: a proximal step after every step of the optimizer.
 
-The step size follows the optimizer, so that a strength means the same with each: the optimum of loss + penalty is a
-fixed point. Gradient descent moves along -lr / (1 - momentum) g in the long run; Adam moves each weight by its own
-lr / (sqrt(v) + eps), and the proximal step is taken in that metric (Yun, Lozano, Yang. ProxGen. NeurIPS 2021). A group
-takes the mean of its weights' metrics, the harmonic mean of their steps: an input that is always 0 has no gradient and
-a boundless step of its own, which must not decide for the others.
+The step size follows the optimizer, weight by weight (``train/proximal.py``). A group takes the mean of its weights'
+metrics, the harmonic mean of their steps: an input that is always 0 has no gradient and a boundless step of its own,
+which must not decide for the others.
 
 A layer never vanishes: where a penalty would leave it nothing, its largest group stays as it is.
 """
@@ -13,9 +11,8 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from espalier.core.callback import Loop
@@ -26,30 +23,13 @@ from espalier.core.parametrize import Slot
 from espalier.core.selection import Selection
 from espalier.prune.grouping import Groups, best, group_dims, grouped, refusal, ungrouped
 from espalier.prune.sparsifier import Masking, Sparsifier
-
-
-def soft_threshold(weight: Tensor, threshold: Tensor | float) -> Tensor:
-    """The proximal map of ``threshold * |w|``: ``sign(w) max(|w| - threshold, 0)``, any shape."""
-    return weight.sign() * (weight.abs() - threshold).clamp_min(0)
+from espalier.train.proximal import step_sizes
 
 
 def largest_group(weight: Tensor, dims: tuple[int, ...]) -> Tensor:
     """``weight`` with all groups but the one of the largest norm at zero; groups span the dimensions ``dims``."""
     square = weight.square()
     return weight * best(square.sum(dims, keepdim=True) if dims else square)
-
-
-def step_sizes(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Tensor | float:
-    """How far one unit of gradient moves each entry of ``parameter``: a number, or a tensor of its shape."""
-    for group in optimizer.param_groups:
-        if any(parameter is member for member in group["params"]):
-            state: dict[str, Any] = optimizer.state.get(parameter, {})
-            if "exp_avg_sq" in state:
-                corrected = state["exp_avg_sq"] / (1 - group["betas"][1] ** float(state["step"]))
-                step: Tensor = group["lr"] / (corrected.sqrt() + group["eps"])
-                return step
-            return float(group["lr"]) / max(1 - float(group.get("momentum") or 0), 1e-3)
-    return 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

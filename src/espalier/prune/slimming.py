@@ -25,9 +25,10 @@ from espalier.core.forms import Mask
 from espalier.core.parametrize import Slot, attach, bake
 from espalier.core.selection import Selection
 from espalier.prune.masks import as_stored, outputs_first
-from espalier.prune.penalty import SparsityPenalty, largest_group, soft_threshold, step_sizes
+from espalier.prune.penalty import SparsityPenalty, largest_group
 from espalier.prune.scale import batch_norms
 from espalier.prune.sparsifier import Sparsifier
+from espalier.train.proximal import soft_threshold, step_sizes
 
 
 @dataclass(frozen=True, kw_only=True)

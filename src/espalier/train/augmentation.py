@@ -13,9 +13,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils import _pytree
 
 from espalier.core.errors import UsageError
 from espalier.core.method import Method
+from espalier.core.task import Task
 
 Fill = Literal["zero", "edge"]
 
@@ -26,9 +28,42 @@ class Augmentation(Method):
 
     kind: ClassVar[str] = "augmentation"
 
+    def check(self, task: Task) -> None:
+        """Raise ``UsageError`` where the task's loss or labels do not go with it."""
+
     @abstractmethod
     def __call__(self, images: Tensor) -> Tensor:
         """New images; the argument is not written to."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixing(Augmentation):
+    """Blends every image with another one of the batch, and so belongs to two labels."""
+
+    @abstractmethod
+    def draw(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Whom each image is blended with ``(n,)``, and the share ``()`` it keeps of itself."""
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """The blends, without what their labels need."""
+        return blend(images, *self.draw(images))
+
+
+def blend(images: Tensor, partner: Tensor, share: Tensor) -> Tensor:
+    """``share x_i + (1 - share) x_partner(i)``."""
+    return images.lerp(images[partner], (1 - share).to(images.dtype))
+
+
+@dataclass(frozen=True)
+class Augmented:
+    """A changed batch. Where images were blended, ``other`` is it with the partners' labels, else None.
+
+    The loss is then ``share`` of that on ``batch`` and the rest of that on ``other``.
+    """
+
+    batch: Any
+    other: Any = None
+    share: Tensor | float = 1.0
 
 
 def random_window(images: Tensor, reach: int, fill: Fill) -> Tensor:
@@ -43,37 +78,37 @@ def random_window(images: Tensor, reach: int, fill: Fill) -> Tensor:
     return padded.flatten(2).gather(2, chosen).reshape(images.shape)
 
 
-def augmented(batch: Any, augment: tuple[Augmentation, ...]) -> Any:
+def augmented(batch: Any, augment: tuple[Augmentation, ...]) -> Augmented:
     """``batch`` with its first image tensor changed. Raises ``UsageError`` where it holds none."""
-    changed, found = _change_first(batch, augment)
-    if not found:
+    flat, spec = _pytree.tree_flatten(batch)
+    place = next((n for n, leaf in enumerate(flat) if _is_images(leaf)), None)
+    if place is None:
         raise UsageError(
             "augmentation needs images of shape (n, channels, height, width) and a floating-point dtype in the batch; "
             f"got {_describe(batch)}. Flatten inside the model, or leave augment out."
         )
-    return changed
+    images, partners = flat[place], None
+    share: Tensor | float = 1.0
+    for change in augment:
+        if isinstance(change, Mixing):
+            partner, share = change.draw(images)
+            partners = [leaf[partner] if _counted(leaf, len(images)) else leaf for leaf in flat]
+            images = blend(images, partner, share)
+        else:
+            images = change(images)
+
+    def put(leaves: list[Any]) -> Any:
+        return _pytree.tree_unflatten([*leaves[:place], images, *leaves[place + 1 :]], spec)
+
+    return Augmented(put(flat), None if partners is None else put(partners), share)
 
 
-def _change_first(value: Any, augment: tuple[Augmentation, ...]) -> tuple[Any, bool]:
-    if isinstance(value, Tensor):
-        if value.ndim != 4 or not value.is_floating_point():
-            return value, False
-        for change in augment:
-            value = change(value)
-        return value, True
-    if isinstance(value, Mapping):
-        items = dict(value)
-        for key, item in items.items():
-            items[key], found = _change_first(item, augment)
-            if found:
-                return items, True
-    elif isinstance(value, (tuple, list)):
-        listed = list(value)
-        for place, item in enumerate(listed):
-            listed[place], found = _change_first(item, augment)
-            if found:
-                return (type(value)(*listed) if hasattr(value, "_fields") else type(value)(listed)), True
-    return value, False
+def _counted(value: Any, n: int) -> bool:
+    return isinstance(value, Tensor) and value.shape[:1] == (n,)
+
+
+def _is_images(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim == 4 and value.is_floating_point()
 
 
 def _describe(value: Any) -> str:

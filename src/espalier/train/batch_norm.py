@@ -1,8 +1,12 @@
-r"""Batch-norm statistics estimated again, exactly, over many batches.
+r"""Batch norms put in, estimated again, or folded away.
 
-Paper    Wu, Johnson. Rethinking "Batch" in BatchNorm. 2021. arXiv:2105.07576
+Paper    Ioffe, Szegedy. Batch Normalization. ICML 2015. arXiv:1502.03167; Wu, Johnson. Rethinking "Batch" in BatchNorm.
+         2021. arXiv:2105.07576
 Formula  mean = sum_b n_b mean_b / N;   var = sum_b n_b (var_b + (mean_b - mean)^2) / (N - 1);   N = sum_b n_b
-Departs  Unbiased over all samples together, as torch's running variance is over one batch; weights do not change.
+         insert: y = g (x - mean) / sqrt(var + eps) + b,   g = sqrt(var + eps), b = mean, so that y = x in use
+         fold: W <- g W / sqrt(var + eps),   c <- g (c - mean) / sqrt(var + eps) + b
+Departs  Unbiased over all samples together, as torch's running variance is over one batch. A norm goes behind a layer
+         of a trained network, whose function it keeps; the paper trains with it from the start.
 """
 
 from __future__ import annotations
@@ -10,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -20,31 +24,10 @@ from espalier.core.fields import Steps
 from espalier.core.method import Technique
 from espalier.core.model import device_of, evaluating
 from espalier.core.task import to_device
+from espalier.train.moments import NORMS, Moments
+from espalier.train.norm_folding import fold_norms
+from espalier.train.norm_insertion import insert_norms
 from espalier.train.randomness import seeded_epochs
-
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-
-
-class _Moments:
-    """Count, mean and summed squared deviation per channel, merged batch by batch in float64 (Chan et al. 1979)."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.mean: Tensor | None = None
-        self.squares: Tensor | None = None
-
-    def add(self, values: Tensor) -> None:
-        """Merge ``values`` ``(n, channels, ...)``."""
-        flat = values.detach().double().transpose(0, 1).flatten(1)
-        count, mean = flat.shape[1], flat.mean(dim=1)
-        squares = (flat - mean.unsqueeze(1)).square().sum(dim=1)
-        if self.mean is None or self.squares is None:
-            self.count, self.mean, self.squares = count, mean, squares
-            return
-        total, apart = self.count + count, mean - self.mean
-        self.squares = self.squares + squares + apart.square() * (self.count * count / total)
-        self.mean = self.mean + apart * (count / total)
-        self.count = total
 
 
 def _norms(model: nn.Module) -> list[nn.Module]:
@@ -52,9 +35,9 @@ def _norms(model: nn.Module) -> list[nn.Module]:
 
 
 @contextmanager
-def _observed(norms: list[nn.Module]) -> Iterator[dict[nn.Module, _Moments]]:
+def _observed(norms: list[nn.Module]) -> Iterator[dict[nn.Module, Moments]]:
     """The layers normalise by their batch, as in training, and what enters them is measured."""
-    moments = {norm: _Moments() for norm in norms}
+    moments = {norm: Moments() for norm in norms}
 
     def measure(norm: nn.Module, args: tuple[Any, ...]) -> None:
         moments[norm].add(args[0])
@@ -89,28 +72,42 @@ def reestimate(model: nn.Module, context: Context, batches: int | None = None) -
                 break
     if not done:
         raise DataError("the train loader gave no batch; re-estimating BN statistics needs at least one.")
-    used = {norm: found for norm, found in moments.items() if found.count > 1}
-    for norm, found in used.items():
-        assert found.mean is not None and found.squares is not None  # noqa: S101, PT018 - set where count is
-        norm.running_mean.copy_(found.mean)  # type: ignore[operator]
-        norm.running_var.copy_(found.squares / (found.count - 1))  # type: ignore[operator]
-    return len(used)
+    return sum(found.put_into(norm) for norm, found in moments.items())
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchNorm(Technique):
-    """Re-estimates the statistics; ``batches`` ``None``: the whole training set."""
+    """``mode``: ``re-estimate`` the statistics, ``insert`` norms that change nothing yet, or ``fold`` those there are.
+
+    ``batches``: training batches to measure on, None for all. ``layers``: which linear layers and convolutions get a
+    norm, or have the one behind them folded into them; ``*`` are all but those that give the model's answer.
+    """
 
     id: ClassVar[str] = "batch-norm"
+    mode: Literal["re-estimate", "insert", "fold"] = "re-estimate"
     batches: Steps | None = None
+    layers: tuple[str, ...] = ("*",)
 
     @property
     def needs(self) -> frozenset[str]:
         """Data to measure on."""
-        return frozenset({"train"})
+        return frozenset() if self.mode == "fold" else frozenset({"train"})
+
+    def conflicts(self) -> list[str]:
+        """Fields without a say."""
+        found = []
+        if self.mode == "fold" and self.batches is not None:
+            found.append("mode=fold measures nothing: leave batches unset")
+        if self.mode == "re-estimate" and self.layers != ("*",):
+            found.append("mode=re-estimate is for all batch norms together: leave layers unset")
+        return found
 
     def transform(self, model: nn.Module, context: Context) -> nn.Module:
-        """The model with new statistics; weights untouched."""
+        """The model with new statistics, with norms more or with norms less; its function is otherwise the same."""
+        if self.mode == "insert":
+            return insert_norms(model, self.layers, context, self.batches, self.name)
+        if self.mode == "fold":
+            return fold_norms(model, self.layers, context, self.name)
         if not reestimate(model, context, self.batches):
             context.skip("(model)", "it has no batch-norm layer with running statistics")
         return model

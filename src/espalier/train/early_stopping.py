@@ -1,7 +1,8 @@
 r"""Early stopping: the weights of the epoch that was best on val, and no more epochs than that takes.
 
 Paper    Prechelt. Early Stopping - But When? Neural Networks: Tricks of the Trade, 1998.
-Formula  stop after epoch e when the last patience scores are all no better than the best before them;   w <- w_best
+Formula  stop after epoch e when no score of the last patience epochs is better than the best before them by more than
+         gain;   w <- w_best
 Departs  Judges the task's metric on val, not a generalisation loss; the paper's criterion UP with strips of one epoch.
 """
 
@@ -14,21 +15,23 @@ from espalier.core.fields import INF, Range
 from espalier.core.method import Method
 
 Patience = Annotated[int, Range(1, INF, "epochs", "epochs in a row without a better score")]
+Gain = Annotated[float, Range(0, INF, "of the metric", "what a better score must gain to renew the patience")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class EarlyStopping(Method):
-    """Restores the best epoch. ``patience`` ``None``: never stop early, only restore the best."""
+    """Restores the best epoch, however small its lead. ``patience`` ``None``: never stop early."""
 
     id: ClassVar[str] = "early-stopping"
     kind: ClassVar[str] = "stopping"
     patience: Patience | None = 5
+    gain: Gain = 0.0
 
     @property
     def needs(self) -> frozenset[str]:
         """Data to decide on."""
         return frozenset({"val"})
 
-    def exhausted(self, epoch: int, best_epoch: int) -> bool:
-        """Whether ``epoch`` (from 1) is ``patience`` epochs past the best one."""
-        return self.patience is not None and epoch - best_epoch >= self.patience
+    def exhausted(self, epoch: int, last: int) -> bool:
+        """Whether ``epoch`` (from 1) is ``patience`` epochs past the ``last`` one that gained enough."""
+        return self.patience is not None and epoch - last >= self.patience

@@ -3,7 +3,8 @@ r"""Fine-tuning: train what there is for a few epochs; masks and shared codes ho
 Paper    Han, Pool, Tran, Dally. Learning both Weights and Connections for Efficient Neural Networks. NeurIPS 2015.
          arXiv:1506.02626
 Formula  w <- w - lr dL/dw on the kept weights; a shared centroid moves by the summed gradients of its members
-Departs  The optimizer, schedule and dropout are the user's; the paper lowers the dropout rate after pruning.
+Departs  Optimizer and schedule are the user's. The paper lowers the dropout rate after pruning; here train.dropout with
+         mode=rescale does, as a step before.
 """
 
 from __future__ import annotations

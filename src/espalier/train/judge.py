@@ -19,7 +19,10 @@ Stopped = Literal["", "patience", "time"]
 
 @dataclass(kw_only=True)
 class Judge:
-    """``settled``: epochs up to this one are no candidates for the best and exhaust no patience."""
+    """``settled``: epochs up to this one are no candidates for the best and exhaust no patience.
+
+    ``renewed_epoch``: the last one that was enough better than the one before it to renew the patience.
+    """
 
     task: Task
     original: nn.Module | None
@@ -28,6 +31,8 @@ class Judge:
     best: dict[str, Any] | None = None
     best_epoch: int | None = None
     best_score: float = math.nan
+    renewed_epoch: int | None = None
+    renewed_score: float = math.nan
     stopped: Stopped = ""
     history: list[dict[str, Any]] = field(default_factory=list)
 
@@ -55,15 +60,17 @@ class Judge:
         """Keep the weights if they are the best so far; give up when patience is exhausted."""
         if self.stopping is None or loop.epoch <= self.settled:
             return
-        gain = score - self.best_score if metric.higher_is_better else self.best_score - score
-        if self.best_epoch is None or gain > 0:
+        better = 1 if metric.higher_is_better else -1
+        if self.best_epoch is None or better * (score - self.best_score) > 0:
             self.best, self.best_epoch, self.best_score = snapshot(loop.model.state_dict()), loop.epoch, score
-        elif self.stopping.exhausted(loop.epoch, self.best_epoch):
+        if self.renewed_epoch is None or better * (score - self.renewed_score) > self.stopping.gain:
+            self.renewed_epoch, self.renewed_score = loop.epoch, score
+        elif self.stopping.exhausted(loop.epoch, self.renewed_epoch):
             self.stopped = "patience"
 
     def state_dict(self) -> dict[str, Any]:
         """What a resume needs."""
-        names = ("best", "best_epoch", "best_score", "stopped", "history")
+        names = ("best", "best_epoch", "best_score", "renewed_epoch", "renewed_score", "stopped", "history")
         return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -24,8 +24,9 @@ from espalier.core.model import check_finite, device_of, keep_mode
 from espalier.core.plan import Plan, applied
 from espalier.core.task import Task, to_device
 from espalier.train.adamw import AdamW
-from espalier.train.augmentation import Augmentation, augmented
+from espalier.train.augmentation import Augmentation, Augmented, augmented
 from espalier.train.early_stopping import EarlyStopping
+from espalier.train.ema import EMA, Average
 from espalier.train.judge import Judge, Stopped
 from espalier.train.optimizer import same_layout
 from espalier.train.quantizers import QuantizerHooks
@@ -64,6 +65,7 @@ def fit(
     augment: tuple[Augmentation, ...] = (),
     stopping: EarlyStopping | None = None,
     settled: int = 0,
+    ema: EMA | None = None,
     clip: float | None = None,
     precision: Precision = "fp32",
     name: str = "fit",
@@ -71,8 +73,9 @@ def fit(
     """Train ``model`` in place on ``context.data.train`` and hand it back in the modes it came in, without gradients.
 
     ``loss(output, batch) -> scalar`` replaces the task's; ``schedule`` multiplies the optimizer's rates per step;
-    epochs up to ``settled`` are no candidates for the best (a sparsity schedule still runs); ``clip`` bounds the norm
-    of all gradients; ``name`` tells this loop's state and seeds from those of other loops in the same step.
+    epochs up to ``settled`` are no candidates for the best (a sparsity schedule still runs); with ``ema`` the averaged
+    weights are scored and handed back; ``clip`` bounds the norm of all gradients; ``name`` tells this loop's state and
+    seeds from those of other loops in the same step.
 
     Raises ``NumericError`` for a loss or weight that is NaN or infinite, ``DataError`` for a loader without batches,
     ``UsageError`` for a loss that is no scalar tensor or reaches no trainable parameter, ``RunError`` for a kept
@@ -81,6 +84,8 @@ def fit(
     if not epochs:
         return FitResult()
     loader = context.data.data("train")
+    for part in augment:
+        part.check(context.data)
     if optimizer is None:
         optimizer = AdamW().over(model)
     original = context.models.get("original")
@@ -93,13 +98,17 @@ def fit(
         quantizers = stack.enter_context(QuantizerHooks(model))
         if quantizers:
             callbacks = (*callbacks, quantizers)
+        average = Average(ema) if ema is not None else None
+        if average is not None:  # the last: it follows what all others have made of a step
+            callbacks = (*callbacks, average)
         begin = stack.enter_context(seeded_epochs(context, name, loader))
         begin(0)
         trainer = _Trainer(
             loop=Loop(model, optimizer, context, torch.Generator(), epochs, _count(loader)),
             judge=Judge(task=context.data, original=original, stopping=stopping, settled=settled),
             task=context.data, loader=loader, original=original, callbacks=callbacks, own_loss=loss,
-            schedule=schedule or Constant(), augment=augment, clip=clip, precision=precision, name=name,
+            average=average, schedule=schedule or Constant(), augment=augment, clip=clip, precision=precision,
+            name=name,
         )  # fmt: skip
         stack.callback(trainer.drop_gradients)
         return trainer.run(begin)
@@ -125,6 +134,7 @@ class _Trainer:
     original: nn.Module | None
     callbacks: Sequence[Callback]
     own_loss: BatchLoss | None
+    average: Average | None
     schedule: LearningRateSchedule
     augment: tuple[Augmentation, ...]
     clip: float | None
@@ -152,7 +162,8 @@ class _Trainer:
             loop.generator.manual_seed(begin(loop.epoch))
             loss = self.train_epoch()
             loop.epoch += 1
-            score = judge.judge(loop)
+            with self.average.in_place(loop.model) if self.average is not None else nullcontext():
+                score = judge.judge(loop)
             seconds = time.monotonic() - started
             judge.history.append(
                 {"epoch": loop.epoch, "loss": loss, "score": score, "lr": self.rate(), "seconds": seconds}
@@ -163,6 +174,8 @@ class _Trainer:
             loop.context.note(f"stopped after epoch {loop.epoch} of {loop.epochs}: the time is up.")
         if judge.best is not None and judge.best_epoch != loop.epoch:
             loop.model.load_state_dict(judge.best)
+        elif self.average is not None:
+            self.average.hand_over(loop.model)
         return FitResult(judge.history, judge.best_epoch, judge.stopped)
 
     def train_epoch(self) -> float:
@@ -180,8 +193,8 @@ class _Trainer:
         told = time.monotonic()
         for batch in self.loader:
             batch = to_device(batch, self.device)
-            if self.augment:
-                batch = augmented(batch, self.augment)
+            changed = augmented(batch, self.augment) if self.augment else Augmented(batch)
+            batch = changed.batch
             self.set_rates()
             with precision:
                 with ExitStack() as stack:
@@ -189,6 +202,8 @@ class _Trainer:
                         stack.enter_context(hook(loop))
                     output = self.task.predict(loop.model, batch)
                 loss = self.batch_loss(output, batch)
+                if changed.other is not None:
+                    loss = changed.share * loss + (1 - changed.share) * self.batch_loss(output, changed.other)
                 for hook in on_loss:
                     loss = hook(loop, batch, output, loss)
             watch.add(loss)

@@ -1,4 +1,4 @@
-"""Penalties on the effective weights, added to the loss of every batch."""
+"""Penalties on the effective weights of every batch."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from espalier.core.callback import Callback, Loop
 from espalier.core.fields import Penalty
 from espalier.core.method import Method
 from espalier.core.parametrize import Slot, slots
+from espalier.train.proximal import step_sizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,12 +27,24 @@ class WeightPenalty(Method):
     def size(self, weight: Tensor) -> Tensor:
         """What ``weight`` (any shape) costs before ``strength``: a scalar."""
 
+    def proximal(self, weight: Tensor, step: Tensor | float) -> Tensor | None:
+        """``argmin_u |u - weight|^2 / (2 step) + strength size(u)``; None where the gradient of the cost is enough.
+
+        ``step``: a number, or one for each weight.
+        """
+        return None
+
 
 class Penalties(Callback):
-    """Adds ``sum_p strength_p * sum_w size_p(w)`` over the trainable effective weights: masked ones count as zero."""
+    """Adds ``sum_p strength_p * sum_w size_p(w)`` over the trainable effective weights: masked ones count as zero.
+
+    A penalty with a proximal map acts after the optimizer's step instead, on weights that are free to be zero: those
+    without a form, and masked ones.
+    """
 
     def __init__(self, penalties: tuple[WeightPenalty, ...]) -> None:
         self.penalties = penalties
+        self.proximal = [p for p in penalties if type(p).proximal is not WeightPenalty.proximal]
         self.weights: list[Slot] = []
 
     def on_epoch_start(self, loop: Loop) -> None:
@@ -40,9 +53,22 @@ class Penalties(Callback):
 
     def loss(self, loop: Loop, batch: Any, output: Any, loss: Tensor) -> Tensor:
         """The loss with the penalties added."""
-        values = [slot.latent if slot.form is None else slot.form(slot.latent) for slot in self.weights]
-        if not values:
-            return loss
         for penalty in self.penalties:
-            loss = loss + penalty.strength * torch.stack([penalty.size(value.float()) for value in values]).sum()
+            charged = [s for s in self.weights if penalty not in self.proximal or s.phase == "codes"]
+            costs = [penalty.size(_effective(slot).float()) for slot in charged]
+            loss = loss + penalty.strength * torch.stack(costs).sum() if costs else loss
         return loss
+
+    def after_step(self, loop: Loop) -> None:
+        """The proximal steps."""
+        with torch.no_grad():
+            for slot in self.weights:
+                for penalty in self.proximal if slot.phase != "codes" else ():
+                    moved = penalty.proximal(slot.latent, step_sizes(loop.optimizer, slot.latent))
+                    assert moved is not None  # noqa: S101 - those that have one
+                    slot.latent.copy_(moved)
+
+
+def _effective(slot: Slot) -> Tensor:
+    value: Tensor = slot.latent if slot.form is None else slot.form(slot.latent)
+    return value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -14,10 +15,12 @@ from espalier.core.context import Context
 from espalier.core.fields import Epochs, LearningRate, Positive
 from espalier.core.method import Technique
 from espalier.train.adamw import AdamW
-from espalier.train.augmentation import Augmentation
+from espalier.train.augmentation import Augmentation, Mixing
 from espalier.train.batch_norm import reestimate
 from espalier.train.cosine import Cosine
+from espalier.train.dropout_schedule import DropoutSchedule
 from espalier.train.early_stopping import EarlyStopping
+from espalier.train.ema import EMA
 from espalier.train.label_smoothing import LabelSmoothing
 from espalier.train.loop import BatchLoss, FitResult, fit
 from espalier.train.optimizer import LEARNING_RATE, Optimizer
@@ -36,7 +39,9 @@ class Training(Technique):
     penalties: tuple[WeightPenalty, ...] = ()
     smoothing: LabelSmoothing | None = None
     augment: tuple[Augmentation, ...] = ()
+    dropout: DropoutSchedule | None = None
     stopping: EarlyStopping | None = None
+    ema: EMA | None = None
     clip: Positive | None = None
     precision: Literal["fp32", "bf16"] = "fp32"
     reestimate: bool = False
@@ -46,8 +51,13 @@ class Training(Technique):
         """Training data (and what the parts need) where there is anything to train."""
         if self.epochs:
             return super().needs | {"train"}
-        idle = (self.smoothing, self.stopping)
+        idle = (self.smoothing, self.stopping, *self.augment)
         return frozenset().union(*(part.needs for part in self.parts() if part not in idle))
+
+    def conflicts(self) -> list[str]:
+        """Labels are blended once."""
+        mixing = [part.id for part in self.augment if isinstance(part, Mixing)]
+        return [f"augment blends labels once; got {', '.join(mixing)}"] if len(mixing) > 1 else []
 
     def train(
         self,
@@ -67,19 +77,19 @@ class Training(Technique):
             return FitResult()
         if loss is None and self.smoothing is not None:
             loss = self.smoothing.loss(context.data)
-        own = (Penalties(self.penalties),) if self.penalties else ()
-        if self.precision == "bf16":  # convolutions in bf16 are fastest with the channels last
-            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        try:
+        own: tuple[Callback, ...] = (Penalties(self.penalties),) if self.penalties else ()
+        with ExitStack() as stack:
+            if self.dropout is not None:
+                own = (*own, stack.enter_context(self.dropout.over(model, context)))
+            if self.precision == "bf16":  # convolutions in bf16 are fastest with the channels last
+                model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+                stack.callback(model.to, memory_format=torch.contiguous_format)  # type: ignore[arg-type]
             result = fit(
                 model, context, epochs=self.epochs, loss=loss, callbacks=(*callbacks, *own),
-                optimizer=self.optimizer.over(model, self.lr), schedule=self.lr_schedule,
-                augment=self.augment, stopping=self.stopping, settled=settled, clip=self.clip, precision=self.precision,
+                optimizer=self.optimizer.over(model, self.lr), schedule=self.lr_schedule, augment=self.augment,
+                stopping=self.stopping, settled=settled, ema=self.ema, clip=self.clip, precision=self.precision,
                 name=name,
             )  # fmt: skip
-        finally:
-            if self.precision == "bf16":
-                model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         context.record.details.setdefault("history", []).extend(result.history)
         if self.reestimate:
             reestimate(model, context)
