@@ -66,20 +66,11 @@ class Add(nn.Sequential):
         return total
 
 
-class Shuffle(nn.Module):
+class ChannelShuffle(nn.ChannelShuffle):
     """Channels of ``groups`` groups dealt out in turn: channel ``a * n + r`` goes to place ``r * groups + a``."""
 
     def __init__(self, groups: int) -> None:
-        super().__init__()
-        self.groups = whole(groups, "groups", 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``x``: (batch, channels, ...)."""
-        return torch.channel_shuffle(x, self.groups)
-
-    def extra_repr(self) -> str:
-        """The groups."""
-        return f"groups={self.groups}"
+        super().__init__(whole(groups, "groups", 1))
 
 
 class First(nn.Module):
@@ -99,7 +90,7 @@ class First(nn.Module):
 
 
 class Pad(nn.Module):
-    """Zeros around: ``amounts`` as :func:`torch.nn.functional.pad` takes them, from the last dimension; less than 0 cuts."""
+    """Zeros around, by ``amounts`` as :func:`torch.nn.functional.pad` takes them; below 0 entries are cut off."""
 
     def __init__(self, amounts: Sequence[int]) -> None:
         super().__init__()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from espalier.core.blocks import COMBINATORS, First, Pad, Shuffle
+from espalier.core.blocks import COMBINATORS, ChannelShuffle, First, Pad
 from espalier.core.errors import Corrupt, LimitExceeded, did_you_mean
 
 SPEC_CLASSES: dict[str, type[nn.Module]] = {
@@ -22,7 +22,7 @@ SPEC_CLASSES: dict[str, type[nn.Module]] = {
 }  # fmt: skip
 """What a spec may name of ``torch.nn``, beside what takes children (``COMBINATORS``) and ``PIECES``."""
 
-PIECES: dict[str, type[nn.Module]] = {cls.__name__: cls for cls in (Shuffle, First, Pad)}
+PIECES: dict[str, type[nn.Module]] = {cls.__name__: cls for cls in (ChannelShuffle, First, Pad)}
 """Blocks without children of ``core/blocks.py``."""
 
 
@@ -35,16 +35,11 @@ def build(spec: Mapping[str, Any]) -> nn.Module:
 
     Raises ``Corrupt`` for anything else, ``LimitExceeded`` before memory is taken for more than ``MAX_ELEMENTS``.
     """
-    elements = elements_of(spec)
+    outline = outline_of(spec)
+    elements = sum(tensor.numel() for tensor in (*outline.parameters(), *outline.buffers()))
     if elements > MAX_ELEMENTS:
         raise LimitExceeded(f"a plan builds a module of {elements} elements; at most {MAX_ELEMENTS} are allowed.")
     return _build(spec, MAX_DEPTH)
-
-
-def elements_of(spec: Mapping[str, Any]) -> int:
-    """How many elements the parameters and buffers of a spec have; no memory is taken. Raises ``Corrupt``."""
-    outline = outline_of(spec)
-    return sum(tensor.numel() for tensor in (*outline.parameters(), *outline.buffers()))
 
 
 def outline_of(spec: Mapping[str, Any]) -> nn.Module:
@@ -68,5 +63,5 @@ def _build(spec: Any, depth: int) -> nn.Module:
     built = [_build(child, depth - 1) for child in children]
     try:
         return known[name](*built, **arguments)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, ArithmeticError, AttributeError, AssertionError) as error:
         raise Corrupt(f"a plan builds {name} with {arguments}, which it refuses: {error}") from error
