@@ -182,3 +182,33 @@ def test_the_bias_gets_no_gradient_and_the_range_is_that_of_least_error():
     FAST.replace(iterations=2).learn(layer, w, grid, None, x, run(layer, x, w), False, torch.Generator().manual_seed(0))
     assert layer.bias.grad is None
     assert AdaRound().observer == Mse()
+
+
+class _InPlace(nn.Module):
+    """What follows the layer changes its output in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(64, 8), nn.Linear(8, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.layer(x.flatten(1))
+        y += 5.0
+        return self.head(y)
+
+
+def test_targets_are_what_the_layer_gave_whatever_comes_after_in_place() -> None:
+    from espalier.core.context import Context
+    from espalier.core.parametrize import slots
+    from espalier.core.task import classification
+    from espalier.data import standard
+    from espalier.quantize.adaround import _data
+
+    torch.manual_seed(0)
+    model = _InPlace()
+    digits = standard("digits")
+    context = Context(task=classification(digits.train, digits.val), models={"original": model})
+    found = _data(model, slots(model)["layer.weight"], context, 1)
+    assert found is not None
+    x, y = found
+    assert torch.allclose(y, model.layer(x), atol=1e-5)

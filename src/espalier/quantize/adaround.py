@@ -159,10 +159,10 @@ def _data(model: nn.Module, slot: Slot, context: Context, count: int) -> tuple[T
     now: tuple[list[Tensor], list[Tensor]] = [], []
 
     def take(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        now[0].append((args[0] if args else kwargs["input"]).detach())
+        now[0].append((args[0] if args else kwargs["input"]).detach().clone())  # the model may go on in place
 
     def give(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> None:
-        now[1].append(output.detach())
+        now[1].append(output.detach().clone())
 
     with ExitStack() as stack:
         stack.callback(layer.register_forward_pre_hook(take, with_kwargs=True).remove)
