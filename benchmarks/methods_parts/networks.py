@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from examples.lenet import LeNet300
+from examples.lenet import LeNet5, LeNet300
 from torch import Tensor, nn
 
 
@@ -103,6 +103,7 @@ class Transformer(nn.Module):
 
 NETWORKS: dict[str, tuple[str, Callable[[], nn.Module]]] = {
     "plain": ("LeNet-300-100", LeNet300),
+    "lenet5": ("LeNet-5", LeNet5),
     "normed": ("LeNet-300-100 with batch norms", normed),
     "conv": ("CNN 16-32-32-64 with batch norms", conv),
     "signed": ("CNN 16-32-64 with batch norms and hard tanh", signed),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from benchmarks.methods_parts import compact, distill, factorize, recipes, share, train
 from benchmarks.methods_parts.row import Row, Setting
 from torch import Tensor
 from torch.nn import functional as F
@@ -20,9 +21,11 @@ ONE_SHOT, WHILE = "one-shot, then fine-tuned", "while training"
 
 
 def rows(setting: Setting) -> Iterator[Row]:
-    """All rows."""
+    """All rows: those of pruning and quantization stand here, each other room's in a file of its name."""
     for part in (_criteria, _patterns, _scopes, _schedules, _trained, _before, _share, _quantize, _files, _training):
         yield from part(setting)
+    for room in (train, share, factorize, compact, distill, recipes):
+        yield from room.rows(setting)
 
 
 def weights(**fields: Any) -> p.Prune:

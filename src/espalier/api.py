@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,10 +12,11 @@ import torch
 
 from espalier.core import registry
 from espalier.core.context import Progress
-from espalier.core.errors import UsageError, did_you_mean
+from espalier.core.errors import EspalierWarning, UsageError, did_you_mean
 from espalier.core.method import Technique
 from espalier.core.recipe import Recipe, step_from_data
 from espalier.core.target import Target
+from espalier.recipes.order import harmful
 from espalier.runs import Result, Run, load
 from espalier.runs.directory import RunDirectory
 
@@ -113,6 +115,8 @@ def compress(
         device=_device(device), listener=listener, models=models or {}, seconds_to_time=timing_seconds,
     )  # fmt: skip
     run.check()
+    for said in harmful(chosen):
+        warnings.warn(said, EspalierWarning, stacklevel=2)
     run.directory = RunDirectory.open(Path(out), resume=resume)
     result = run.execute()
     write_report(result.path, result.record)

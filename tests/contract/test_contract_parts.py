@@ -35,6 +35,10 @@ FOR = {"prune.heads": "attention", "prune.layers": "twice", "prune.activations":
 """Parts that find nothing to do in most networks, and the example they find something in."""
 
 
+REFUSED = {("federated", "stopping")}
+"""Fields in which a technique takes no part at all, and says why."""
+
+
 def named(cls: type[Method]) -> str:
     return f"{cls.verb}.{cls.id}"
 
@@ -50,7 +54,7 @@ def _carrying(cls: type[Method], part: Method, inside: tuple[type[Method], ...])
     """``cls`` with ``part`` in every field that takes it, or in a part that does."""
     for field in fields_of(cls):
         base = registry.part_type(field)
-        if base is None or cls in inside:
+        if base is None or cls in inside or (cls.id, field.name) in REFUSED:
             continue
         direct = [part] if isinstance(part, base) else []
         nested = [made for held in PARTS if issubclass(held, base) for made in _carrying(held, part, (*inside, cls))]

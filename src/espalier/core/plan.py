@@ -14,6 +14,7 @@ from typing import Any, get_type_hints
 import torch
 from torch import nn
 
+from espalier.core.crop import Crop
 from espalier.core.edits import Edit, Remove, Replace, SetAttribute, Tie
 from espalier.core.errors import Corrupt, EspalierWarning
 from espalier.core.keep import Keep, cut_along, forget_misfits
@@ -23,7 +24,7 @@ from espalier.core.norms import Fold, Normalise
 from espalier.core.parametrize import Slot, slots
 
 EDITS: dict[str, type[Edit]] = {
-    cls.kind: cls for cls in (Keep, Replace, Remove, Fold, Merge, Normalise, Tie, SetAttribute)
+    cls.kind: cls for cls in (Keep, Replace, Remove, Fold, Merge, Normalise, Tie, Crop, SetAttribute)
 }
 """Kinds of edits by name; rooms to the right add theirs with :func:`register_edit`."""
 

@@ -7,8 +7,9 @@ Formula  w^ = C1 where w < t, else C2;   dL/dC1 = sum of dL/dw^ over w < t, dL/d
 Departs  ``init=otsu`` starts from the t that splits the weights with least squared error and the means of both sides,
          and t stays; ``init=glorot`` from t = 0 and -+sqrt(1.5 / (n_in + n_out)). The constants are learned by the
          optimizer of the weights in units of their mean magnitude at the start, so that a learning rate does to them
-         what it would from 1: in front of a batch norm their gradient is the larger the smaller they are; ``constants=frozen`` learns them for the first share ``warmup`` of each training
-         and then fixes them, while weights go on changing sides.
+         what it would from 1: in front of a batch norm their gradient is the larger the smaller they are.
+         ``constants=frozen`` learns them for the first share ``warmup`` of each training and then fixes them, while
+         weights go on changing sides.
 """
 
 from __future__ import annotations
