@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from benchmarks.common import RESULTS, save
-from benchmarks.gptq import judge_stories, stories
+from benchmarks.gptq import Llama, judge_stories, next_word, sample, stories
 from benchmarks.subjects import blind, dense, task_of, training
 from torch import nn
 
@@ -54,9 +54,12 @@ SHARES = tuple(step / 100 for step in range(1, 61))
 """Of the numbers: what ``keep`` may be, from the smallest file to the largest."""
 
 
+TEXTS = 2  # seed of the text that is trained on; that of the judged text is another
+
+
 @dataclass(frozen=True)
 class Setting:
-    """What a reader needs to repeat a row."""
+    """What a reader needs to repeat a row. ``images``: to train on; texts, of stories260K."""
 
     images: int
     judged: int
@@ -67,12 +70,12 @@ class Setting:
 QUICK = {
     "lenet5": Setting(10_000, 5_000, dense_epochs=5, epochs=2),
     "resnet20": Setting(2_000, 2_000, dense_epochs=2, epochs=1),
-    "stories260K": Setting(16, 16, dense_epochs=0, epochs=10),
+    "stories260K": Setting(256, 16, dense_epochs=0, epochs=10),
 }
 FULL = {
     "lenet5": Setting(55_000, 10_000, dense_epochs=8, epochs=5),
     "resnet20": Setting(20_000, 5_000, dense_epochs=3, epochs=3),
-    "stories260K": Setting(64, 64, dense_epochs=0, epochs=30),
+    "stories260K": Setting(1024, 64, dense_epochs=0, epochs=20),
 }
 
 
@@ -91,6 +94,7 @@ class Entry:
     make: Callable[[Any], Technique]
     sizes: Sequence[Any] = SHARES
     inner: bool = False
+    networks: tuple[str, ...] = ("lenet5", "resnet20", "stories260K")
 
 
 SHARING = (
@@ -101,8 +105,9 @@ SHARING = (
     Entry("share.monarch", "slices of rank 1", lambda keep: Monarch(keep=keep)),
     Entry("share.hashed", "hashed", lambda keep: Hashed(keep=keep)),
     Entry("share.tied", "neurons, filters", lambda keep: Tied(keep=keep), inner=True),
-    Entry("share.tied", "one kernel for each filter", lambda _: Tied(what="kernels"), sizes=(None,)),
-)
+    Entry("share.tied", "one kernel for each filter", lambda _: Tied(what="kernels"), sizes=(None,),
+          networks=("lenet5", "resnet20")),
+)  # fmt: skip
 ENTRIES = SHARING
 """Further families are further lists of entries, added here."""
 
@@ -128,10 +133,11 @@ About = tuple[str, Setting, Path, int, bool]
 def subject(name: str, setting: Setting, folder: Path, seed: int, quick: bool) -> Subject:
     """Trained once for all rows."""
     if name == "stories260K":
-        model, task, judged = stories(folder, quick)
-        return Subject(
-            model, blind(task), Finetune(epochs=setting.epochs), lambda found: judge_stories(found, model, judged)
-        )
+        model, _, judged = stories(folder, quick)
+        assert isinstance(model, Llama)
+        text = sample(model, setting.images, judged.shape[1], TEXTS)
+        task = Task(train=[(part, part) for part in text.chunk(-(-len(text) // 16))], loss=next_word)
+        return Subject(model, task, Finetune(epochs=setting.epochs), lambda found: judge_stories(found, model, judged))
     task = task_of(name, setting.images, setting.judged, folder, seed)
 
     def judge(model: nn.Module) -> dict[str, float]:
@@ -250,7 +256,7 @@ def jobs(folder: Path, seed: int, *, quick: bool) -> Iterator[Job]:
         described, about = {"network": name, **dataclasses.asdict(setting)}, (name, setting, folder, seed, quick)
         yield "dense", f"{name}, seed {seed}", partial(dense_row, about), described
         for factor in FACTORS:
-            for entry in ENTRIES:
+            for entry in (entry for entry in ENTRIES if name in entry.networks):
                 row = f"{name}, {entry.what}, {factor} times fewer bytes, seed {seed}"
                 yield entry.id, row, partial(method_row, entry, factor, about), described
 

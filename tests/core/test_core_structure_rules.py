@@ -55,8 +55,10 @@ def test_toeplitz_has_the_displacement_and_the_product_form() -> None:
     parts = structure.split(numbers(structure.count))
     weight, g, h = structure.dense(parts), parts["g"][0], parts["h"][0]
     displacement = weight - shift(7, 1) @ weight @ shift(7, -1).T
-    assert np.allclose(displacement, g.T @ h)
-    assert np.allclose(weight, sum(twisted(a, 1) @ twisted(b, -1).T for a, b in zip(g, h, strict=True)) / 2)
+    assert np.allclose(displacement, structure.scale * g.T @ h)
+    product = sum(twisted(a, 1) @ twisted(b, -1).T for a, b in zip(g, h, strict=True)) / 2
+    assert np.allclose(weight, structure.scale * product)
+    assert structure.scale == 1 / 4
 
 
 def test_toeplitz_that_is_not_square_is_a_row_or_column_of_blocks() -> None:

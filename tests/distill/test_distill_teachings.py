@@ -262,3 +262,9 @@ def test_a_network_without_resets_is_named() -> None:
 
     with pytest.raises(ModelError, match="Own has a reset_parameters"):
         Distill(teaching=SelfDistillation())(Own(), Context(task=TASK))
+
+
+def test_the_model_at_hand_may_teach_beside_the_original() -> None:
+    from espalier.distill import Distill, MultiTeacher
+
+    assert "model:current" not in Distill(teaching=MultiTeacher(beside=("current",))).needs

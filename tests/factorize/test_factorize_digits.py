@@ -192,7 +192,7 @@ def test_training_comes_in_one_piece() -> None:
 
 
 def test_a_recipe_ends_in_a_file_that_holds_the_layers(tmp_path: Path) -> None:
-    recipe = Recipe(steps=(Tucker(rank=Ratio(keep=0.4)), SVD(rank=Ratio(keep=0.4)), Finetune(epochs=1)))
+    recipe = Recipe(steps=(Tucker(rank=Ratio(keep=0.7)), SVD(rank=Ratio(keep=0.5)), Finetune(epochs=2, lr=3e-3)))
     model = trained()
     result = es.compress(model, digits(), recipe, out=tmp_path / "run")
     loaded = es.load(tmp_path / "run" / "model.espalier")

@@ -201,6 +201,18 @@ def test_the_plan_builds_the_same_layers() -> None:
     assert torch.equal(replayed[:3](x), after[:3](x))
 
 
+def test_the_rows_of_an_earlier_step_are_left_alone_unless_they_are_named() -> None:
+    with seeded():
+        model = nn.Sequential(nn.Conv2d(8, 12, 3), nn.Flatten(), nn.Linear(12 * 49, 16))
+    rows, _ = run(Tucker(), model)
+    after, record = run(SVD(), rows)
+    assert skipped(record)["0.0.weight"] == "it is in the row that an earlier step put in the place of 0"
+    assert [row["name"] for row in record.details["factors"]] == ["2.weight"]
+    assert isinstance(after[0][0], nn.Conv2d)  # type: ignore[index]
+    after, _ = run(SVD(layers=("0.0",), rank=Ratio(keep=0.9)), rows)
+    assert isinstance(after[0][0], nn.Sequential)  # type: ignore[index]
+
+
 def test_patterns_choose_layers() -> None:
     with seeded():
         model = nn.Sequential(nn.Linear(20, 20), nn.Linear(20, 20))

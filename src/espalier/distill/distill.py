@@ -24,13 +24,10 @@ from espalier.core.model import copy_model, device_of
 from espalier.core.plan import rebase
 from espalier.distill.lesson import Combine, prepare
 from espalier.distill.outputs import ClassDim, Reading
-from espalier.distill.parts import DistillLoss, OutputLoss, Teacher, Teaching
+from espalier.distill.parts import CURRENT, DistillLoss, OutputLoss, Teacher, Teaching
 from espalier.distill.single import Single
 from espalier.train import Training
 from espalier.train.augmentation import Mixing
-
-CURRENT = "current"
-"""The name of the model that the step is given, as a teacher."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from espalier.core.context import Context
-from espalier.distill.parts import Teacher, Teaching
+from espalier.distill.parts import CURRENT, Teacher, Teaching
 
 if TYPE_CHECKING:
     from espalier.distill.distill import Distill
@@ -59,7 +59,7 @@ class MultiTeacher(Teaching):
         """The teachers, and labelled val data to weigh them by the metric."""
         return (
             super().needs
-            | {f"model:{name}" for name in self.beside}
+            | {f"model:{name}" for name in self.beside if name != CURRENT}
             | ({"val", "labels"} if self.weights == "metric" else set())
         )
 

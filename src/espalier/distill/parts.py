@@ -18,6 +18,9 @@ from espalier.distill.places import Pair, Seen, matched
 if TYPE_CHECKING:
     from espalier.distill.distill import Distill
 
+CURRENT = "current"
+"""The name of the model that the step is given, as a teacher."""
+
 
 @dataclass(frozen=True)
 class Teacher:

@@ -18,7 +18,7 @@ from espalier.core.plan import Plan
 from espalier.core.selection import select
 from espalier.core.structures import LowRank
 from espalier.core.structures.form import StructuredWeight
-from espalier.factorize.layer import Layer, layers_of
+from espalier.factorize.layer import Layer, layers_of, row_around
 from espalier.factorize.rank import RankChoice
 from espalier.factorize.ratio import Ratio
 from espalier.factorize.split import Pair, Ranks, Split, relative_error
@@ -76,9 +76,14 @@ class Factorization(Training):
         return model
 
     def prepare(self, model: nn.Module, context: Context) -> list[Layer]:
-        """The layers to split."""
-        selection = select(model, self.layers, who=self.name)
-        return layers_of(model, selection, context, who=self.name, densify=self.densify, weights=self.weights)
+        """The layers to split; those of an earlier row, whose factors have no lower rank, only if they are named."""
+        chosen = []
+        for slot in select(model, self.layers, who=self.name):
+            if self.layers == ("*",) and (row := row_around(model, slot)):
+                context.skip(slot.name, f"it is in the row that an earlier step put in the place of {row}")
+            else:
+                chosen.append(slot)
+        return layers_of(model, chosen, context, who=self.name, densify=self.densify, weights=self.weights)
 
     def tune(self, model: nn.Module, context: Context, number: int) -> None:
         """Fine-tune after a round."""

@@ -16,7 +16,7 @@ from espalier.core.context import Context
 from espalier.core.edits import Replace
 from espalier.core.model import copy_model, device_of, evaluating
 from espalier.core.parametrize import Slot, require_phase
-from espalier.core.plan import Plan
+from espalier.core.plan import Plan, applied
 from espalier.core.task import to_device
 from espalier.factorize.stages import CONVS, Conv, Cost, Spec, cost, linear, nominal_size, part_of
 
@@ -188,6 +188,16 @@ def obstacle(slot: Slot, parents: dict[int, nn.Module]) -> str:
         return "it is frozen"
     if slot.latent.dtype != torch.float32:
         return f"its weight is {str(slot.latent.dtype).removeprefix('torch.')}, and a plan builds float32 layers"
+    return ""
+
+
+def row_around(model: nn.Module, slot: Slot) -> str:
+    """Path of the layer that an earlier step replaced by the row the weight is in; empty where there is none."""
+    for edit in applied(model).edits:
+        if not isinstance(edit, Replace) or edit.spec.get("class") != "Sequential":
+            continue
+        if slot.path.startswith(f"{edit.path}."):
+            return edit.path
     return ""
 
 

@@ -7,8 +7,10 @@ Formula  W - Z_1 W Z_{-1}^T = sum_r g_r h_r^T;   W = 1/2 sum_r Z_1(g_r) Z_{-1}(h
          nearest: F W (F S)^T = C * sum_r outer(F g_r, F S h_r) entry by entry, with S = diag(e^{-pi i k / n}) and
          C = F S F^T / 2, so that g and h follow alternately from one small weighted system for each frequency
 Departs  Starts from a trained layer; the papers train from scratch. The shifts are fixed (Thomas et al. also learn
-         them). A matrix that is not square is a row or column of square blocks with vectors of their own. The product
-         is computed densely.
+         them). The displacement is stored divided by a power of two near sqrt(n r), or a step of an optimizer would
+         move the weight too far. A matrix that is not square is a row or column of square blocks with vectors of their
+         own; the last one, where it is cut off, is fitted in turn with what is missing of it. The product is computed
+         densely.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ class Toeplitz(Sharing):
 
     id: ClassVar[str] = "toeplitz"
     rank: Rank | None = None
-    sweeps: Count = 30
+    sweeps: Count = 10
 
     def structure(self, slot: Slot, context: Context) -> Rule:
         """With ``rank``, or with the highest that keeps few enough numbers."""
@@ -64,19 +66,18 @@ class Toeplitz(Sharing):
         real = torch.from_numpy(structure.cut(np.ones_like(matrix))).bool()
         whole = bool(real.all())
         g, h = displaced(blocks, structure.rank)
-        target, best = spectrum(blocks), float("inf")
+        target, best, n = spectrum(blocks), float("inf"), structure.side
         for sweep in range(self.sweeps):
             if not whole:  # what is cut off may be anything: it is what it has become
-                target = spectrum(torch.where(real, blocks, structure.squares({"g": g, "h": h})))
-            g_hat = solve(target, twisted(h))
-            h_hat = solve(target.mT, g_hat)
-            g, h = torch.fft.ifft(g_hat).real, untwisted(h_hat)
-            gap = float(torch.where(real, structure.squares({"g": g, "h": h}) - blocks, 0).square().sum())
+                target = spectrum(torch.where(real, blocks, structure.summed(g.mT @ h)))
+            g = torch.fft.irfft(solve(target[:, : n // 2 + 1], twisted(h)), n)
+            h = untwisted(mirrored(solve(target.mT[:, : (n + 1) // 2], torch.fft.fft(g)), n))
+            gap = float(torch.where(real, structure.summed(g.mT @ h) - blocks, 0).square().sum())
             context.progress("sweeps", sweep + 1, self.sweeps, squared_error=gap)
             if gap >= (1 - SETTLED) * best:
                 break
             best = gap
-        return balanced(g, h)
+        return balanced(g, h, structure.scale)
 
 
 def displaced(blocks: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -110,6 +111,11 @@ def untwisted(h_hat: Tensor) -> Tensor:
     return answer
 
 
+def mirrored(h_hat: Tensor, n: int) -> Tensor:
+    """All n entries of ``F S h`` from the first half of them: those of a real h come in conjugate pairs."""
+    return torch.cat([h_hat, h_hat[..., : n - h_hat.shape[-1]].flip(-1).conj()], -1)
+
+
 def spectrum(blocks: Tensor) -> Tensor:
     """F W (F S)^T of each block: ``C * sum_r outer(F g_r, F S h_r)``, entry by entry, where W is Toeplitz-like."""
     return twisted(torch.fft.fft(blocks, dim=-2))
@@ -121,26 +127,25 @@ def kernel(n: int) -> Tensor:
 
 
 def solve(target: Tensor, other: Tensor) -> Tensor:
-    """v (blocks, rank, n) with least ``|target - C * sum_r outer(v_r, other_r)|``, all complex.
+    """v (blocks, rank, rows) with least ``|target - C * sum_r outer(v_r, other_r)|``, all complex.
 
-    Each row k of ``target`` (blocks, n, n) is a system of ``rank`` unknowns, weighted by |C[k, :]|^2. As C depends on
-    k + l alone, the matrices of all these systems together are a correlation.
+    ``target``: (blocks, rows, n), the first rows. Each is a system of ``rank`` unknowns, weighted by |C[k, :]|^2. As C
+    depends on k + l alone, the matrices of all these systems together are a correlation.
     """
-    n, rank = target.shape[-1], other.shape[1]
+    rows, n, rank = target.shape[-2], target.shape[-1], other.shape[1]
     c = kernel(n)
-    pairs = other[:, :, None].conj() * other[:, None]  # (blocks, rank, rank, n)
-    gram = torch.fft.ifft(torch.fft.fft(c.abs().square()) * torch.fft.fft(pairs.conj()).conj())
-    gram = gram.permute(0, 3, 1, 2)
-    spread = c[(torch.arange(n)[:, None] + torch.arange(n)) % n]
-    right = (spread.conj() * target) @ other.mT.conj()  # (blocks, n, rank)
+    pairs = torch.fft.ifft(other[:, :, None].conj() * other[:, None])  # (blocks, rank, rank, n)
+    gram = torch.fft.ifft(n * torch.fft.fft(c.abs().square()) * pairs)[..., :rows].permute(0, 3, 1, 2)
+    spread = c[(torch.arange(rows)[:, None] + torch.arange(n)) % n]
+    right = (spread.conj() * target) @ other.mT.conj()  # (blocks, rows, rank)
     size = gram.diagonal(dim1=-2, dim2=-1).real.mean(-1)[..., None, None]
     gram = gram + (RIDGE * size + TINY) * torch.eye(rank)
     answer: Tensor = torch.linalg.solve(gram, right[..., None])[..., 0].mT
     return answer
 
 
-def balanced(g: Tensor, h: Tensor) -> dict[str, Tensor]:
-    """The same weight from vectors of equal length."""
+def balanced(g: Tensor, h: Tensor, scale: float) -> dict[str, Tensor]:
+    """The same weight from vectors of equal length, whose product is scaled."""
     ratio = (h.norm(dim=-1, keepdim=True) / g.norm(dim=-1, keepdim=True).clamp_min(1e-150)).sqrt()
     ratio = torch.where(ratio > 0, ratio, 1)
-    return {"g": g * ratio, "h": h / ratio}
+    return {"g": g * ratio / scale**0.5, "h": h / ratio / scale**0.5}

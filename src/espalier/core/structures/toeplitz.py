@@ -16,10 +16,10 @@ from espalier.core.structures.structure import Numbers, Structure
 
 @dataclass(frozen=True)
 class Toeplitz(Structure):
-    """``W - Z_1 W Z_{-1}^T = sum_r g_r h_r^T`` in every square block of the matrix (first dimension, all others).
+    """``W - Z_1 W Z_{-1}^T = scale * sum_r g_r h_r^T`` in every square block of the matrix (first dimension, others).
 
     Z_f shifts down by one and puts f times the last entry on top. Walking back along a cyclic diagonal gives
-    ``W[i, j] = (sum_{k <= j} e_k - sum_{k > j} e_k) / 2`` with ``e_k = sum_r g_r[(i - j + k) mod n] h_r[k]``.
+    ``W[i, j] = (sum_{k <= j} e_k - sum_{k > j} e_k) / 2`` with ``e_k = scale * sum_r g_r[(i - j + k) mod n] h_r[k]``.
 
     ``g``, ``h``: (blocks, rank, n), where n is the smaller side of the matrix and blocks fill the larger one, of
     which the last is cut off. Sums run along each diagonal in float64, one after the other, in NumPy and in torch.
@@ -45,6 +45,11 @@ class Toeplitz(Structure):
         return min(self.matrix)
 
     @property
+    def scale(self) -> float:
+        """A power of two near 1 / sqrt(n * rank): so many products add up in an entry of the weight."""
+        return 2.0 ** -((self.side * self.rank).bit_length() // 2)
+
+    @property
     def blocks(self) -> int:
         """How many blocks fill the larger side."""
         return -(-max(self.matrix) // max(1, self.side))
@@ -62,10 +67,10 @@ class Toeplitz(Structure):
         total = g[:, 0, :, None] * h[:, 0, None, :]
         for r in range(1, self.rank):
             total = total + g[:, r, :, None] * h[:, r, None, :]
-        return self.summed(total)
+        return self.summed(self.scale * total)
 
     def fast(self, parts: Mapping[str, Numbers]) -> Numbers:
-        return self.joined(self.summed(parts["g"].swapaxes(1, 2) @ parts["h"])).reshape(self.shape)
+        return self.joined(self.summed(self.scale * (parts["g"].swapaxes(1, 2) @ parts["h"]))).reshape(self.shape)
 
     def summed(self, displacements: Numbers) -> Numbers:
         """The blocks of these displacements, (blocks, n, n) both."""
