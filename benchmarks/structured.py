@@ -198,7 +198,8 @@ def method_row(entry: Entry, factor: int, about: About) -> dict[str, Any]:
     seconds = time.perf_counter() - started
     (_, before), (length, after) = filed(shared, chosen.model), filed(tuned, chosen.model)
     return {
-        "bytes": length, "original_bytes": original, "times_fewer": round(original / length, 3), "reached": reached,
+        "bytes": length, "original_bytes": original, "times_fewer": round(original / length, 3),
+        "reached": reached,
         "size": size, "relative_error": round(distance(chosen.model, shared), 4), "before": chosen.judge(before),
         "after": chosen.judge(after), "seconds_of_projection": round(projecting, 2),
         "seconds_of_training": round(seconds, 2),

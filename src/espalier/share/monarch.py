@@ -29,7 +29,7 @@ class Monarch(Sharing):
     """A convolution is the matrix (out, in * kernel). Sides that are no multiple of the blocks are as if padded.
 
     ``blocks``: of each of the two factors, in place of ``keep``. ``rank``: of each slice; with one block it is that
-    of the whole matrix.
+    of the whole matrix. A layer with a short side, such as the output layer, has room for few blocks and loses most.
     """
 
     id: ClassVar[str] = "monarch"
