@@ -156,7 +156,7 @@ def row_of(method: Factorization, layer: nn.Module, x: Tensor, share: float) -> 
     """The layer as a row of plain layers."""
     from espalier.core.task import Task
 
-    found = method.replace(rank=Ratio(keep=share), grow_macs=True)
+    found = method.replace(rank=Ratio(keep=share))
     model: Any = found(nn.Sequential(layer), Context(task=Task(train=[(x,)], val=[(x,)])))
     return model[0]  # type: ignore[no-any-return]
 

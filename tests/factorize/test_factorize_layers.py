@@ -144,6 +144,16 @@ def test_a_weight_that_other_code_reads_is_found_out() -> None:
     assert "other code" in skipped(record)["read.weight"]
 
 
+def test_a_row_that_computes_more_says_so() -> None:
+    with seeded():
+        model, x = nn.Sequential(nn.Linear(64, 64)), torch.randn(2, 64)
+    _, record = run(TensorTrain(cores=2, rank=Ratio(keep=0.5)), model, task_of((x,)))
+    (row,) = record.details["factors"]
+    assert row["parameters"][1] <= 0.5 * row["parameters"][0]
+    assert row["macs"][1] > row["macs"][0]
+    assert record.notes == [f"0.weight: smaller, but {row['macs'][1]} multiplications where there were 4096."]
+
+
 def test_what_is_no_layer_is_skipped() -> None:
     class Odd(nn.Module):
         def __init__(self) -> None:

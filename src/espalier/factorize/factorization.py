@@ -120,6 +120,8 @@ class Factorization(Training):
             "as": "factors of the weight" if layer.obstacle else "layers",
             **factors.facts,
         }
+        if layer.dense.macs and cost.macs > layer.dense.macs:
+            context.note(f"{layer.name}: smaller, but {cost.macs} multiplications where there were {layer.dense.macs}.")
         if factors.approximation is not None:
             tensor = layer.tensor
             row["error"] = float((factors.approximation - tensor).norm() / tensor.norm().clamp(min=1e-30))

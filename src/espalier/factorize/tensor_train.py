@@ -194,7 +194,10 @@ def near_equal(n: int, count: int) -> list[int]:
 
 @dataclass(frozen=True, kw_only=True)
 class TensorTrain(Factorization):
-    """For convolutions, and linear layers whose inputs are (batch, features), with so many ``cores``."""
+    """For convolutions, and linear layers whose inputs are (batch, features), with so many ``cores``.
+
+    The chain of a linear layer computes more than the layer unless its ranks are very low; a note says how much.
+    """
 
     id: ClassVar[str] = "tensor-train"
     cores: Literal[2, 3, 4] = 3
