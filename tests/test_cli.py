@@ -675,7 +675,13 @@ def test_inspect_shows_the_layers(espalier):
 def test_ctrl_c_says_how_to_go_on_and_keeps_the_record(folder):
     """A signal in the middle of training: one sentence, code 130, a record that says so."""
     command = [sys.executable, "-m", "espalier.cli.main", "compress", "project.py", "--set", "prune.epochs=100000"]
-    process = subprocess.Popen([*command, "--out", "run"], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background ignores it, and so
+    try:  # would whatever it starts
+        process = subprocess.Popen(
+            [*command, "--out", "run"], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )  # fmt: skip
+    finally:
+        signal.signal(signal.SIGINT, before)
     try:
         deadline = time.monotonic() + 120
         while not list((folder / "run").glob("steps/**/*.epoch")) and time.monotonic() < deadline:
