@@ -10,7 +10,6 @@ from torch import nn
 
 from espalier.core.edits import Edit, module_at
 from espalier.core.errors import ModelError
-from espalier.core.plan import register_edit
 from espalier.core.spec import build
 
 Side = Literal["before", "after"]
@@ -39,7 +38,6 @@ def _leave(layer: nn.Module, _: Any, output: Any) -> Any:
     return after(output)
 
 
-@register_edit
 @dataclass(frozen=True, kw_only=True)
 class Insert(Edit):
     """Put the module that ``spec`` describes before or after the layer at ``path``, as its child of that name."""

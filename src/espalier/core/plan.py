@@ -17,6 +17,7 @@ from torch import nn
 from espalier.core.crop import Crop
 from espalier.core.edits import Edit, Remove, Replace, SetAttribute, Tie
 from espalier.core.errors import Corrupt, EspalierWarning
+from espalier.core.insert import Insert
 from espalier.core.keep import Keep, cut_along, forget_misfits
 from espalier.core.merge import Merge
 from espalier.core.method import fits
@@ -24,7 +25,7 @@ from espalier.core.norms import Fold, Normalise
 from espalier.core.parametrize import Slot, slots
 
 EDITS: dict[str, type[Edit]] = {
-    cls.kind: cls for cls in (Keep, Replace, Remove, Fold, Merge, Normalise, Tie, Crop, SetAttribute)
+    cls.kind: cls for cls in (Keep, Replace, Remove, Insert, Fold, Merge, Normalise, Tie, Crop, SetAttribute)
 }
 """Kinds of edits by name; rooms to the right add theirs with :func:`register_edit`."""
 

@@ -13,6 +13,7 @@ Departs  A convolution has the modes (in, k_h, k_w, out) and becomes 1 x 1, k_h 
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -57,9 +58,9 @@ class Train(Split):
     """The chain of a tensor (parts, n_1, ..., n_d): a rank between each two modes."""
 
     @property
+    @abstractmethod
     def modes(self) -> Tensor:
         """The weight as the tensor that is taken apart."""
-        raise NotImplementedError
 
     @cached_property
     def limits(self) -> Ranks:

@@ -17,7 +17,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-import torch
 from torch import nn
 
 from espalier.core.context import Context
@@ -30,22 +29,7 @@ from espalier.prune.connections import Connections
 from espalier.prune.loss_terms import CompositeLoss, redundant_terms
 from espalier.prune.snip import Snip
 from espalier.train import Training
-
-
-def initialise(model: nn.Module, context: Context) -> tuple[list[str], list[str]]:
-    """Give every layer that knows how fresh values, seeded; returns the paths that got some and that did not."""
-    done, left = [], []
-    with context.forked("initialise"), torch.no_grad():
-        for path, module in model.named_modules():
-            own = list(module.parameters(recurse=False))
-            reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
-            frozen = bool(own) and not any(parameter.requires_grad for parameter in own)
-            if callable(reset) and not frozen:
-                reset()
-                done.append(path)
-            elif own:
-                left.append(path)
-    return done, left
+from espalier.train.fresh import initialise
 
 
 @dataclass(frozen=True, kw_only=True)

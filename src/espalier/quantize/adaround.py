@@ -23,7 +23,6 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from espalier.core.context import Context
-from espalier.core.errors import NumericError
 from espalier.core.fields import Batches, Fraction, Group, LearningRate, Penalty, Positive, Steps
 from espalier.core.model import evaluating
 from espalier.core.parametrize import Slot, slots
@@ -35,6 +34,7 @@ from espalier.quantize.mse import Mse
 from espalier.quantize.parts import LayerSolver, Observer
 from espalier.train.layers import owners
 from espalier.train.looking import batches, looking
+from espalier.train.pairs import Kept, joined, part, samples
 
 ZETA, GAMMA = 1.1, -0.1
 MEMORY = 2**27
@@ -155,7 +155,7 @@ def _data(model: nn.Module, slot: Slot, context: Context, count: int) -> tuple[T
     layer, weight = owners(slot)[0], slot.latent.detach()
     twin = _original(slot, context)
     generator = context.generator(f"inputs of {slot.name}")
-    calls: list[tuple[list[Tensor], list[Tensor]]] = []
+    kept: Kept = []
     now: tuple[list[Tensor], list[Tensor]] = [], []
 
     def take(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -175,19 +175,11 @@ def _data(model: nn.Module, slot: Slot, context: Context, count: int) -> tuple[T
             if twin is not None:
                 context.data.predict(twin[0], batch)
             outputs = now[1] if len(now[1]) == len(now[0]) else [run(layer, x, weight) for x in now[0]]
-            pairs = [_samples(layer, x, y) for x, y in zip(now[0], outputs, strict=True)]
-            chosen = [_part(x, y, MEMORY // count // len(pairs), generator) for x, y in pairs if len(x)]
-            calls.append(([x for x, _ in chosen], [y for _, y in chosen]))
+            for x, y in zip(now[0], outputs, strict=True):
+                kept += part(*samples(layer, x, y), MEMORY // count // len(outputs), generator)
             now[0].clear()
             now[1].clear()
-    xs, ys = ([tensor for call in calls for tensor in call[side]] for side in (0, 1))
-    alike = [n for n, x in enumerate(xs) if x.shape[1:] == xs[0].shape[1:]]
-    if not alike:
-        return None
-    x, y = torch.cat([xs[n] for n in alike]), torch.cat([ys[n] for n in alike])
-    if not bool(x.isfinite().all()) or not bool(y.isfinite().all()):
-        raise NumericError(f"the inputs of {slot.name} hold NaN or infinity; nothing can be solved on them.")
-    return x, y
+    return joined(kept, slot.name)
 
 
 def _original(slot: Slot, context: Context) -> tuple[nn.Module, nn.Module] | None:
@@ -202,24 +194,6 @@ def _original(slot: Slot, context: Context) -> tuple[nn.Module, nn.Module] | Non
         return None
     same = all(torch.equal(a.to(b), b) for a, b in pairs if isinstance(a, Tensor) and isinstance(b, Tensor))
     return (original, twin) if same else None
-
-
-def _samples(layer: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Samples first: rows for a linear layer, images for a convolution."""
-    if isinstance(layer, nn.Linear):
-        return x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
-    assert isinstance(layer, (nn.Conv1d, nn.Conv2d))  # noqa: S101 - unsolved() refuses all others
-    batched = x.ndim == layer.weight.ndim
-    return (x, y) if batched else (x[None], y[None])
-
-
-def _part(x: Tensor, y: Tensor, numbers: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """A random part of the samples that holds so many ``numbers`` at most, one sample at least; on the CPU."""
-    count = max(1, numbers // (x[0].numel() + y[0].numel()))
-    if count < len(x):
-        chosen = torch.randperm(len(x), generator=generator)[:count].to(x.device)
-        x, y = x[chosen], y[chosen]
-    return x.cpu(), y.cpu()
 
 
 def followed_by_relu(model: nn.Module, layer: nn.Module, context: Context) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+from espalier.core.structures.arrays import wide
 from espalier.core.structures.structure import Numbers, Structure
 
 
@@ -25,7 +26,7 @@ class LowRank(Structure):
         return {"left": (self.shape[0], self.rank), "right": (self.rank, math.prod(self.shape[1:]))}
 
     def dense(self, parts: Mapping[str, Numbers]) -> Numbers:
-        left, right = parts["left"], parts["right"]
+        left, right = wide(parts["left"]), wide(parts["right"])
         total = left[:, :1] * right[:1]
         for k in range(1, self.rank):
             total = total + left[:, k : k + 1] * right[k : k + 1]
