@@ -18,29 +18,23 @@ training, loaded again and evaluated. Rows are kept: a second call goes on where
 
 from __future__ import annotations
 
-import argparse
-import os
 import sys
 import time
 import traceback
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.common import save
-from benchmarks.joint import kept, stored
-from benchmarks.subjects import blind, dense, task_of, training
+from benchmarks.common import arguments, begin, kept, save
+from benchmarks.subjects import blind, dense, stored, task_of, training
 
 import espalier as es
-from espalier import api, encode
+from espalier import encode
 from espalier.core.context import Context
-from espalier.core.errors import EspalierWarning
 from espalier.core.method import Technique
 from espalier.core.recipe import Recipe
 from espalier.factorize import SVD, Budget, Tucker
@@ -223,19 +217,12 @@ def measured(
 
 def main() -> None:
     """Parse and run; what fails is said, and the others go on."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true")
+    parser = arguments(__doc__)
     parser.add_argument("--network", choices=("lenet5", "resnet20"), default="lenet5")
-    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these combinations, such as 'prune + code'")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--data-dir", type=Path)
     given = parser.parse_args()
-    torch.set_num_threads(given.threads)
-    warnings.simplefilter("ignore", EspalierWarning)
-    api.fill_registry()
+    folder = begin(given)
     setting = SETTINGS[given.network, given.quick]
-    folder = Path(given.data_dir or os.environ["ESPALIER_DATA"])
     failed: list[str] = []
     for seed in range(given.seeds):
         model, task = None, task_of(setting.network, setting.images, setting.judged, folder, seed, setting.batch)

@@ -12,13 +12,9 @@ own.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
-import os
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -26,14 +22,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch
-from benchmarks.common import RESULTS, save
-from benchmarks.structured import FACTORS, FULL, QUICK, About, Entry, dense_row, filed, fitting, subject
+from benchmarks.structured import FACTORS, FULL, QUICK, About, Entry, Job, dense_row, filed, fitting, measure, subject
 from torch import nn
 
 import espalier.factorize as f
 from espalier.core.context import Context
-from espalier.core.errors import EspalierWarning
 from espalier.core.method import Technique
 from espalier.core.recipe import Recipe
 
@@ -103,9 +96,6 @@ def numbers(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-Job = tuple[str, str, Callable[[], dict[str, Any]], dict[str, Any]]
-
-
 def jobs(folder: Path, seed: int, *, quick: bool) -> Iterator[Job]:
     """Method, row, how it is measured, and its setting."""
     low = Entry("factorize.low-rank-training", "truncated while training", partial(trained_low, epochs=0))
@@ -118,34 +108,5 @@ def jobs(folder: Path, seed: int, *, quick: bool) -> Iterator[Job]:
                 yield entry.id, row, partial(method_row, entry, factor, about), described
 
 
-def main() -> None:
-    """Measure what is not there yet; a failure is a row, and is tried again the next time."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="few images, little text, few epochs")
-    parser.add_argument("--only", nargs="*", default=(), help="rows whose method or name holds one of these words")
-    parser.add_argument("--again", action="store_true", help="measure rows that are there already")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--data-dir", type=Path, default=Path(os.environ.get("ESPALIER_DATA", "../shared/data")))
-    given = parser.parse_args()
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore", EspalierWarning)
-    name = "factors_quick" if given.quick else "factors"
-    path = RESULTS / f"{name}.json"
-    rows = json.loads(path.read_text()) if path.exists() else ()
-    there = {(row["id"], row["row"]) for row in rows if "failed" not in row["measured"]}
-    for method, row, measure, setting in jobs(given.data_dir, given.seed, quick=given.quick):
-        if (method, row) in there and not given.again:
-            continue
-        if given.only and not any(word in f"{method} {row}" for word in given.only):
-            continue
-        try:
-            measured = measure()
-        except Exception as error:
-            measured = {"failed": f"{type(error).__name__}: {str(error)[:300]}"}
-        saved = {"id": method, "row": row, "claimed": {}, "measured": measured, "setting": setting, "seed": given.seed}
-        save(name, [saved])
-        print(method, row, measured, flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    measure(__doc__, "factors", jobs)

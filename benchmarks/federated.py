@@ -11,13 +11,10 @@ goes on where the first stopped.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import os
 import statistics
 import sys
 import time
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,16 +23,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.common import save
-from benchmarks.joint import kept, spread
+from benchmarks.common import arguments, begin, kept, save, spread
 from benchmarks.subjects import task_of
 from examples.lenet import LeNet5
 from torch import nn
 
 import espalier as es
-from espalier import api
 from espalier.core.context import Context
-from espalier.core.errors import EspalierWarning
 from espalier.core.method import Technique
 from espalier.core.record import Record
 from espalier.recipes import Federated
@@ -108,19 +102,12 @@ def measured(fields: dict[str, Any], setting: Setting, task: es.Task, seed: int)
 
 def main() -> None:
     """Parse and run."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser = arguments(__doc__)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these rows, and the dense one")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--data-dir", type=Path)
     given = parser.parse_args()
-    torch.set_num_threads(given.threads)
-    warnings.simplefilter("ignore", EspalierWarning)
-    api.fill_registry()
+    folder = begin(given)
     setting = QUICK if given.quick else FULL
     described = {**vars(setting), "threads": given.threads}
-    folder = Path(given.data_dir or os.environ["ESPALIER_DATA"])
     chosen = {name: fields for name, fields in ROWS.items() if name == DENSE or name in (given.only or ROWS)}
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in chosen}
     for seed in range(given.seeds):

@@ -13,39 +13,26 @@ the first stopped.
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
 import math
-import os
 import statistics
 import sys
-import tempfile
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.common import RESULTS, save
-from benchmarks.subjects import blind, dense, task_of
+from benchmarks.common import arguments, begin, kept, save, spread
+from benchmarks.subjects import blind, dense, stored, task_of
 
-import espalier as es
-from espalier import api
 from espalier.core.context import Context
-from espalier.core.errors import EspalierWarning
-from espalier.core.model import copy_model
-from espalier.core.recipe import FileOptions, Recipe
+from espalier.core.recipe import Recipe
 from espalier.prune import Cubic, Global, Prune
 from espalier.quantize import LSQ, Quantize
 from espalier.recipes import PruneQuantize
-from espalier.runs.files import freeze_model, load, write_weights
 from espalier.train import AdamW
 
 FILE = "joint"
@@ -87,30 +74,6 @@ def recipe(name: str, sparsity: float, bits: int, lr: float, setting: Setting) -
     return Recipe(steps=(prune, quantize.replace(epochs=setting.epochs - half, **alike)))
 
 
-def stored(
-    result: nn.Module, model: nn.Module, task: es.Task, coders: tuple[str, ...] = ("adaptive",)
-) -> dict[str, Any]:
-    """Bytes and errors of ``result`` as a file of weights, remaining floats as fp16, loaded again into ``model``."""
-    file = FileOptions(coders=coders)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.weights.espalier"
-        write_weights(freeze_model(result, None), path, file, "fp16")
-        loaded = load(path, into=copy_model(model)).eval()
-        length = path.stat().st_size
-    val, test = task.measure(loaded, "val"), task.measure(loaded, "test")
-    return {
-        "bytes": length, "val_error": 100 - val.value, "test_error": 100 - test.value, "test_stderr": test.stderr,
-    }  # fmt: skip
-
-
-def kept(file: str, setting: Mapping[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
-    """The rows that are there in this setting: (id, row) -> what was measured."""
-    path = RESULTS / f"{file}.json"
-    rows = json.loads(path.read_text()) if path.exists() else []
-    alike = json.loads(json.dumps(dict(setting)))
-    return {(r["id"], r["row"]): r["measured"] for r in rows if r["setting"].items() >= alike.items()}
-
-
 def error_at(points: Sequence[Mapping[str, Any]], length: float) -> float:
     """The test error between the two points (``bytes``, ``test_error``) around ``length``, linear in log bytes."""
     ordered = sorted((math.log(point["bytes"]), point["test_error"]) for point in points)
@@ -131,12 +94,6 @@ def at_equal_bytes(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[s
     return [{"bytes": s, "ours": error_at(ours, s), "theirs": error_at(theirs, s)} for s in sizes]
 
 
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Mean and standard error."""
-    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
-    return {"mean": statistics.mean(values), **({"stderr": error} if len(values) > 1 else {})}
-
-
 def compare(rows: Mapping[str, Mapping[int, list[dict[str, Any]]]], ours: str, theirs: str) -> dict[str, Any]:
     """``theirs`` less ``ours`` in points of test error at equal bytes: positive where ours is ahead."""
     seeds = sorted(set(rows[ours]) & set(rows[theirs]))
@@ -154,17 +111,9 @@ def best(found: Mapping[tuple[str, float], Mapping[int, list[dict[str, Any]]]], 
 
 def main() -> None:
     """Parse and run."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--data-dir", type=Path)
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
-    warnings.simplefilter("ignore", EspalierWarning)
-    api.fill_registry()
+    given = arguments(__doc__).parse_args()
+    folder = begin(given)
     setting = QUICK if given.quick else FULL
-    folder = Path(given.data_dir or os.environ["ESPALIER_DATA"])
     found: dict[int, dict[tuple[str, float], dict[int, list[dict[str, Any]]]]] = {bits: {} for bits in setting.bits}
     for seed in range(given.seeds):
         model, task = None, task_of("lenet5", setting.images, setting.judged, folder, seed, setting.batch)

@@ -14,33 +14,24 @@ named; they trained from scratch and for far longer.
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import sys
-import tempfile
 import time
 import traceback
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.common import RESULTS, save
-from benchmarks.subjects import blind, dense, task_of, training
+from benchmarks.common import RESULTS, arguments, begin, save
+from benchmarks.subjects import blind, dense, stored, task_of, training
 
 import espalier as es
-from espalier import api
 from espalier.core.context import Context
-from espalier.core.errors import EspalierWarning
-from espalier.core.model import copy_model
-from espalier.core.recipe import FileOptions, step_from_data
-from espalier.runs.files import freeze_model, load, write_weights
+from espalier.core.recipe import step_from_data
 
 FILE = "lowbit"
 RQ = "Relaxed Quantization, table 1"
@@ -214,19 +205,10 @@ def step_of(row: Row, setting: Setting) -> Any:
 
 def measured(row: Row, setting: Setting, model: nn.Module, task: es.Task, seed: int) -> dict[str, Any]:
     """One row: errors and bytes are those of the re-loaded file of weights, remaining floats as fp16."""
-    with tempfile.TemporaryDirectory() as folder:
-        started = time.process_time()
-        result = step_of(row, setting)(model, Context(task=blind(task), seed=seed))
-        seconds = time.process_time() - started
-        path = Path(folder) / "model.weights.espalier"
-        write_weights(freeze_model(result, None), path, FileOptions(coders=("adaptive",)), "fp16")
-        loaded = load(path, into=copy_model(model)).eval()
-        length = path.stat().st_size
-    val, test = task.measure(loaded, "val"), task.measure(loaded, "test")
-    return {
-        "val_error": 100 - val.value, "test_error": 100 - test.value, "test_stderr": test.stderr, "bytes": length,
-        "cpu_seconds": round(seconds, 1),
-    }  # fmt: skip
+    started = time.process_time()
+    result = step_of(row, setting)(model, Context(task=blind(task), seed=seed))
+    seconds = time.process_time() - started
+    return {**stored(result, model, task), "cpu_seconds": round(seconds, 1)}
 
 
 def there(setting: Setting) -> list[tuple[str, int, Any]]:
@@ -239,20 +221,13 @@ def there(setting: Setting) -> list[tuple[str, int, Any]]:
 
 def main() -> None:
     """Parse and run; what fails is said, and the others go on."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true")
+    parser = arguments(__doc__)
     parser.add_argument("--network", choices=("lenet5", "resnet20"), default="lenet5")
-    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="rows whose name begins so")
     parser.add_argument("--again", action="store_true")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--data-dir", type=Path)
     given = parser.parse_args()
-    torch.set_num_threads(given.threads)
-    warnings.simplefilter("ignore", EspalierWarning)
-    api.fill_registry()
+    folder = begin(given)
     setting = SETTINGS[given.network, given.quick]
-    folder = Path(given.data_dir or os.environ["ESPALIER_DATA"])
     done = [] if given.again else there(setting)
     failed: list[str] = []
     for seed in range(given.seeds):

@@ -262,9 +262,9 @@ def jobs(folder: Path, seed: int, *, quick: bool) -> Iterator[Job]:
                 yield entry.id, row, partial(method_row, entry, factor, about), described
 
 
-def main() -> None:
-    """Measure what is not there yet; a failure is a row, and is tried again the next time."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def measure(doc: str | None, name: str, jobs: Callable[..., Iterator[Job]]) -> None:
+    """Measure those of ``jobs`` that are not there yet; a failure is a row, and is tried again the next time."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few images, little text, few epochs")
     parser.add_argument("--only", nargs="*", default=(), help="rows whose method or name holds one of these words")
     parser.add_argument("--again", action="store_true", help="measure rows that are there already")
@@ -273,27 +273,23 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", EspalierWarning)
-    name = "structured_quick" if given.quick else "structured"
+    name = f"{name}_quick" if given.quick else name
     path = RESULTS / f"{name}.json"
     rows = json.loads(path.read_text()) if path.exists() else ()
     there = {(row["id"], row["row"]) for row in rows if "failed" not in row["measured"]}
-    for method, row, measure, setting in jobs(given.data_dir, given.seed, quick=given.quick):
+    for method, row, job, setting in jobs(given.data_dir, given.seed, quick=given.quick):
         if (method, row) in there and not given.again:
             continue
         if given.only and not any(word in f"{method} {row}" for word in given.only):
             continue
         try:
-            measured = measure()
+            measured = job()
         except Exception as error:
             measured = {"failed": f"{type(error).__name__}: {str(error)[:300]}"}
-        save(
-            name,
-            [{
-                "id": method, "row": row, "claimed": {}, "measured": measured, "setting": setting, "seed": given.seed,
-            }],
-        )  # fmt: skip
+        saved = {"id": method, "row": row, "claimed": {}, "measured": measured, "setting": setting, "seed": given.seed}
+        save(name, [saved])
         print(method, row, measured, flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    measure(__doc__, "structured", jobs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,10 @@ from torch import nn
 import espalier as es
 from espalier.compact import load_pretrained, resnet20
 from espalier.core.context import Context
+from espalier.core.model import copy_model
+from espalier.core.recipe import FileOptions
 from espalier.data import Loader, Normalisation, standard
+from espalier.runs.files import freeze_model, load, write_weights
 from espalier.train import SGD, AdamW, Crop, Finetune, Flip
 
 NORMALISATIONS = {
@@ -61,3 +65,19 @@ def dense(network: str, epochs: int, task: es.Task, folder: Path, seed: int) -> 
         return Finetune(**training(network, epochs))(fresh, context).eval()
     published = load_pretrained(resnet20(), folder / "cifar10_resnets" / "resnet20-12fca82f.th")
     return Finetune(**training(network, epochs, lr=0.01))(published, context).eval()
+
+
+def stored(
+    result: nn.Module, model: nn.Module, task: es.Task, coders: tuple[str, ...] = ("adaptive",)
+) -> dict[str, Any]:
+    """Bytes and errors of ``result`` as a file of weights, remaining floats as fp16, loaded again into ``model``."""
+    file = FileOptions(coders=coders)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.weights.espalier"
+        write_weights(freeze_model(result, None), path, file, "fp16")
+        loaded = load(path, into=copy_model(model)).eval()
+        length = path.stat().st_size
+    val, test = task.measure(loaded, "val"), task.measure(loaded, "test")
+    return {
+        "bytes": length, "val_error": 100 - val.value, "test_error": 100 - test.value, "test_stderr": test.stderr,
+    }  # fmt: skip

@@ -12,12 +12,9 @@ kept: a second call goes on where the first stopped.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import os
 import sys
 import time
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,14 +23,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.common import save
-from benchmarks.joint import compare, kept, stored
-from benchmarks.subjects import NORMALISATIONS, blind, dense, task_of
+from benchmarks.common import arguments, begin, kept, save
+from benchmarks.joint import compare
+from benchmarks.subjects import NORMALISATIONS, blind, dense, stored, task_of
 
 import espalier as es
-from espalier import api
 from espalier.core.context import Context
-from espalier.core.errors import EspalierWarning
 from espalier.core.method import Technique
 from espalier.core.recipe import Recipe
 from espalier.data import Loader, standard
@@ -100,18 +95,10 @@ def fashion(setting: Setting, folder: Path, seed: int) -> es.Task:
 
 def main() -> None:
     """Parse and run."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--data-dir", type=Path)
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
-    warnings.simplefilter("ignore", EspalierWarning)
-    api.fill_registry()
+    given = arguments(__doc__).parse_args()
+    folder = begin(given)
     setting = QUICK if given.quick else FULL
     described = {**dataclasses.asdict(setting), "threads": given.threads}
-    folder = Path(given.data_dir or os.environ["ESPALIER_DATA"])
     found: dict[str, dict[int, list[dict[str, Any]]]] = {name: {} for name in METHODS}
     for seed in range(given.seeds):
         model, task = None, fashion(setting, folder, seed)

@@ -817,3 +817,19 @@ def test_an_int8_file_with_a_worse_metric_is_not_kept(tmp_path, monkeypatch):
 def test_quantize_refuses_what_would_have_no_say(espalier, folder, options, words):
     refused(espalier("quantize", "project.py", *options), *words)
     assert not (folder / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("step", "said"),
+    [
+        ("train.finetune ema={ema: {decay: 0.9}}", "Values with blanks or brackets stand in quotes"),
+        ("prune.prune sparsity='[0.9'", "the value of sparsity is '[0.9', which is no YAML"),
+        ('prune.prune sparsity="0.9', "cannot be read: no closing quotation"),
+    ],
+)
+def test_a_step_that_cannot_be_read_is_one_sentence(espalier, folder, step, said):
+    code, _, error = espalier("compress", "project.py", "--step", step, "--out", "runs/x")
+    assert code == 2
+    assert said in " ".join(error.split())
+    assert "Traceback" not in error
+    assert not (folder / "runs" / "x").exists()

@@ -20,10 +20,10 @@ from espalier.core.record import Record
 from espalier.core.task import Task, classification
 from espalier.data import standard
 from espalier.measure import fp32_safetensors_bytes
+from espalier.measure.frozen import file_length
 from espalier.prune import Channels, Global, Prune
 from espalier.recipes import DeepCompression, IterateUntil
 from espalier.recipes.iterate_until import deepened
-from espalier.recipes.weighing import file_length
 from espalier.runs.context import RunContext
 from espalier.runs.files import freeze_model, write_weights
 from espalier.share import KMeans
@@ -83,10 +83,10 @@ def test_each_time_goes_deeper() -> None:
 
 
 def test_goes_on_until_the_file_is_small_enough_and_no_further() -> None:
-    limit = file_length(trained(), Context()) * 6 // 10
+    limit = file_length(trained(), Context(), ("adaptive",)) * 6 // 10
     result, details, caught = run(IterateUntil(steps=(PRUNE, SHARE), size=limit, max_drop=20.0))
     assert details["met"]
-    assert file_length(result, Context()) == details["bytes"] <= limit
+    assert file_length(result, Context(), ("adaptive",)) == details["bytes"] <= limit
     assert [row["name"] for row in details["tries"]] == ["01-prune-01", "01-prune-02"]
     assert not caught
 
@@ -149,7 +149,7 @@ def test_the_length_is_that_of_the_file(tmp_path: Path) -> None:
     result = KMeans(bits=3)(Prune(sparsity=0.5)(trained(), Context()), Context())
     path = tmp_path / "model.weights.espalier"
     write_weights(freeze_model(result, None), path, Recipe().file.__class__(coders=("adaptive",)), "fp32")
-    assert file_length(result, Context()) == path.stat().st_size
+    assert file_length(result, Context(), ("adaptive",)) == path.stat().st_size
 
 
 @pytest.mark.parametrize(

@@ -19,10 +19,10 @@ from espalier.core.quantized import QuantizedWeight
 from espalier.core.task import Task, classification
 from espalier.data import standard
 from espalier.factorize import SVD, Budget, Energy, Factorization
+from espalier.measure.frozen import file_length
 from espalier.prune import Channels, Listed, Prune
 from espalier.quantize import BWN, TTQ, TWN, Quantize
 from espalier.recipes import LowRankInt8, MobileInt8, TernaryNetwork
-from espalier.recipes.weighing import file_length
 from espalier.testing import effective
 from espalier.train import Finetune
 
@@ -99,7 +99,7 @@ def test_strength_is_the_share_of_zeros_and_the_file_is_the_smaller_for_it() -> 
     weak, strong = (ternary(strength=strength)(trained(), Context(task=digits())) for strength in (0.0, 1.0))
     shares = [float((effective(model)["3.weight"] == 0).float().mean()) for model in (weak, strong)]
     assert shares == pytest.approx([0.3, 0.95], abs=0.02)
-    assert file_length(strong, Context()) < 0.7 * file_length(weak, Context())
+    assert file_length(strong, Context(), ("adaptive",)) < 0.7 * file_length(weak, Context(), ("adaptive",))
 
 
 def test_other_ternary_weights_go_without_a_strength() -> None:

@@ -11,9 +11,10 @@ def parse_step(text: str) -> dict[str, Any]:
     """``"prune.prune sparsity=0.9 schedule=cubic"`` -> ``{"prune.prune": {...}}``; values are YAML."""
     import shlex
 
-    import yaml
-
-    words = shlex.split(text)
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise UsageError(f"--step {text!r} cannot be read: {str(error).lower()}.") from error
     if not words:
         raise UsageError("--step is empty; write for example --step 'prune.prune sparsity=0.9'.")
     fields = {}
@@ -21,8 +22,21 @@ def parse_step(text: str) -> dict[str, Any]:
         key, sign, value = word.partition("=")
         if not sign:
             raise UsageError(f"--step {text!r}: {word!r} is not of the form field=value.")
-        fields[key] = yaml.safe_load(value)
+        fields[key] = _value(value, f"--step {text!r}: the value of {key}")
     return {words[0]: fields}
+
+
+def _value(text: str, what: str) -> Any:
+    """``text`` as YAML. Raises ``UsageError``."""
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(
+            f"{what} is {text!r}, which is no YAML. Values with blanks or brackets stand in quotes, for example "
+            "ema='{ema: {decay: 0.9}}'."
+        ) from error
 
 
 def chosen(recipe: str | None, steps: list[str], settings: list[str]) -> Any:
@@ -48,8 +62,6 @@ def chosen(recipe: str | None, steps: list[str], settings: list[str]) -> Any:
 
 def _set(data: dict[str, Any], setting: str) -> None:
     """Apply ``prune.epochs=10`` to a recipe's plain data (part names in between are found by themselves)."""
-    import yaml
-
     path, sign, value = setting.partition("=")
     if not sign:
         raise UsageError(f"--set {setting!r} is not of the form field=value, for example --set prune.epochs=10.")
@@ -76,4 +88,4 @@ def _set(data: dict[str, Any], setting: str) -> None:
         raise UsageError(
             f"--set {setting!r}: there is no {last!r}.{did_you_mean(last, node if isinstance(node, dict) else ())}"
         )
-    node[last] = yaml.safe_load(value)
+    node[last] = _value(value, f"--set {setting!r}: the value")

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from espalier.core.context import Context
-from espalier.core.model import device_of
 from espalier.core.norms import BATCH_NORMS, Fold
-from espalier.core.parametrize import Slot, plain, slots
-from espalier.core.task import capture_call, to_device
-from espalier.graph import Graph, Node, Value, Weight, infer, trace
+from espalier.core.parametrize import Slot, slots
+from espalier.graph import Graph, Node, Value, Weight, infer
 from espalier.graph.graph import leaves, references
+from espalier.train.norm_folding import feeding, refusal, traced
 
 CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
 LAYERS = ("linear", *CONVOLUTIONS)
@@ -100,10 +99,8 @@ class Wiring:
     """A network traced on the task's example."""
 
     def __init__(self, model: nn.Module, context: Context) -> None:
-        bare = plain(model)
-        args, kwargs = capture_call(context.data, bare, to_device(context.data.example(), device_of(bare)))
         self.model, self.known = model, slots(model)
-        self.graph: Graph = trace(bare, args, kwargs, foreign=True)
+        self.graph: Graph = traced(model, context)
         self.shapes: list[Any] = infer(self.graph)
         self.first = len(self.graph.inputs)
         self.results = {leaf.index for leaf in leaves(self.graph.output) if isinstance(leaf, Value)}
@@ -212,18 +209,8 @@ class Wiring:
 
     def folds(self) -> list[Fold]:
         """The edits that fold each batch norm into the layer that feeds it alone."""
-        found = []
-        for layer in self.layers():
-            number = self.reader(layer.number)
-            norm = self.norm(number) if number is not None else None
-            if norm is None or layer.slot.phase == "codes" or (layer.bias is not None and layer.bias.phase != "dense"):
-                continue
-            path, module = norm
-            feeds = isinstance(self.model.get_submodule(layer.path), (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))
-            flat = layer.node.op != "linear" or len(self.shape(layer.number)) == 2
-            if feeds and flat and module.num_features == layer.slot.shape[0] and layer.path:
-                found.append(Fold(norm=path, into=layer.path))
-        return found
+        found = feeding(self.model, self.graph).items()
+        return [Fold(norm=norm, into=into) for norm, into in found if not refusal(self.model, norm, into)]
 
     def norm(self, number: int) -> tuple[str, Any] | None:
         """Path and module of the batch norm with statistics that node ``number`` calls, and only that node."""

@@ -38,6 +38,15 @@ def bits_at(strength: float, *, convolution: bool) -> int:
     return round(high + (low - high) * strength)
 
 
+def refused(prune: Prune, sparsity: float, strength: float) -> list[str]:
+    """What is wrong where ``strength`` asks ``prune`` for ``sparsity``; empty where it can do that."""
+    try:
+        prune.replace(sparsity=sparsity)
+    except UsageError as error:
+        return [f"strength={strength} sets the sparsity ({str(error).rstrip('.')}); or set strength to null"]
+    return []
+
+
 @dataclass(frozen=True, kw_only=True)
 class DeepCompression(Technique):
     """Prune, share, fine-tune. ``strength`` sets the sparsity and the bits; with ``null`` the stages' own stand."""
@@ -49,13 +58,7 @@ class DeepCompression(Technique):
     finetune: Finetune = field(default_factory=lambda: Finetune(epochs=5, lr=3e-4))
 
     def conflicts(self) -> list[str]:
-        if self.strength is None:
-            return []
-        try:
-            self.prune.replace(sparsity=sparsity_at(self.strength))
-        except UsageError as error:
-            return [f"strength={self.strength} sets the sparsity ({str(error).rstrip('.')}); or set strength to null"]
-        return []
+        return [] if self.strength is None else refused(self.prune, sparsity_at(self.strength), self.strength)
 
     def transform(self, model: nn.Module, context: Context) -> nn.Module:
         """Run the stages in order, each through ``context.run``."""

@@ -24,12 +24,14 @@ from espalier.core.model import copy_model
 from espalier.core.recipe import Recipe
 from espalier.core.target import Target
 from espalier.measure import fp32_safetensors_bytes
+from espalier.measure.frozen import file_length
 from espalier.prune import Cubic, Global, Prune
 from espalier.prune.removing import Removing
-from espalier.recipes.weighing import file_length
 from espalier.share import KMeans
 
 DEFAULT_SPARSITY = 0.5
+CODERS = ("adaptive",)
+"""The coder that is smallest for nearly every tensor; trying all of them after every step takes their time."""
 
 
 def deepened(step: Technique, times: int, rounds: int) -> Technique:
@@ -117,7 +119,7 @@ class _Search:
         limit = 0.0 if method.size is None else method.target().bytes_allowed(fp32_safetensors_bytes(original))
         before = context.measure(original)
         drop = context.data.scorer().drop(before, context.measure(model)) if original is not model else 0.0
-        return cls(method, context, model, limit, before, file_length(model, context), drop)
+        return cls(method, context, model, limit, before, file_length(model, context, CODERS), drop)
 
     @property
     def met(self) -> bool:
@@ -131,7 +133,7 @@ class _Search:
         except (ModelError, PhaseError) as error:
             self.tries.append({"name": name, "kept": False, "reason": str(error)})
             return False
-        length, score = file_length(model, self.context), self.context.measure(model)
+        length, score = file_length(model, self.context, CODERS), self.context.measure(model)
         drop = self.context.data.scorer().drop(self.before, score)
         reason = ""
         if drop > self.method.max_drop:

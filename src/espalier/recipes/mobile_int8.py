@@ -16,12 +16,13 @@ from typing import ClassVar
 from torch import nn
 
 from espalier.core.context import Context
-from espalier.core.errors import ModelError, UsageError
+from espalier.core.errors import ModelError
 from espalier.core.fields import Fraction
 from espalier.core.method import Technique
 from espalier.core.model import copy_model
 from espalier.prune import Channels, Global, Prune
 from espalier.quantize import PTQInt8
+from espalier.recipes.deep_compression import refused
 from espalier.train import Finetune
 
 STRONGEST = 0.9
@@ -45,13 +46,7 @@ class MobileInt8(Technique):
     ptq: PTQInt8 = field(default_factory=PTQInt8)
 
     def conflicts(self) -> list[str]:
-        if self.strength is None:
-            return []
-        try:
-            self.prune.replace(sparsity=STRONGEST * self.strength)
-        except UsageError as error:
-            return [f"strength={self.strength} sets the sparsity ({str(error).rstrip('.')}); or set strength to null"]
-        return []
+        return [] if self.strength is None else refused(self.prune, STRONGEST * self.strength, self.strength)
 
     def transform(self, model: nn.Module, context: Context) -> nn.Module:
         """Run the stages in order, each through ``context.run``; a model without channels that can go keeps them."""

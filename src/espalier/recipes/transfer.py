@@ -16,11 +16,10 @@ from typing import ClassVar
 from torch import nn
 
 from espalier.core.context import Context
-from espalier.core.errors import UsageError
 from espalier.core.fields import Count, Fraction
 from espalier.core.method import Technique
 from espalier.prune import Cubic, Global, Prune
-from espalier.recipes.deep_compression import sparsity_at
+from espalier.recipes.deep_compression import refused, sparsity_at
 from espalier.recipes.new_head import NewHead
 from espalier.share import KMeans
 from espalier.train import Finetune
@@ -50,13 +49,7 @@ class Transfer(Technique):
         return super().needs | {"train", "labels"}
 
     def conflicts(self) -> list[str]:
-        if self.strength is None:
-            return []
-        try:
-            self.prune.replace(sparsity=sparsity_at(self.strength))
-        except UsageError as error:
-            return [f"strength={self.strength} sets the sparsity ({str(error).rstrip('.')}); or set strength to null"]
-        return []
+        return [] if self.strength is None else refused(self.prune, sparsity_at(self.strength), self.strength)
 
     def transform(self, model: nn.Module, context: Context) -> nn.Module:
         """Run the stages in order, each through ``context.run``."""

@@ -22,13 +22,14 @@ from espalier.core.forms import Stored, dense_representation, from_numpy
 from espalier.core.metric import Score, first_tensor
 from espalier.core.model import copy_model, device_of, evaluating
 from espalier.core.norms import Normalise
-from espalier.core.parametrize import attach, freeze, plain, slots
-from espalier.core.plan import Plan, applied
+from espalier.core.parametrize import attach, plain, slots
+from espalier.core.plan import Plan
 from espalier.core.recipe import FileOptions
 from espalier.core.representation import Dense, Representation
 from espalier.core.task import Task, capture_call, to_device
 from espalier.deploy.check import ROUNDED_DB, rounds, sqnr
 from espalier.graph import Runner, dumps, loads, trace
+from espalier.measure.frozen import file_length, frozen_weights
 
 LARGEST_WEIGHED = 5_000_000
 """Parameters of the largest model whose file length is determined after every step."""
@@ -55,21 +56,14 @@ def freeze_model(model: nn.Module, task: Task | None) -> Frozen:
 
     Without a task, or where the trace fails, the graph is None and ``refusal`` says why.
     """
-    model = copy_model(model).cpu().eval()
-    normalise = Normalise()
-    statistics = normalise.statistics(model)
-    if statistics:
-        Plan((normalise,)).apply(model)
-    plan = applied(model)
-    tensors, aliases = freeze(model)
-    tensors = {name: tensor for name, tensor in tensors.items() if name not in statistics}
-    aliases = {name: target for name, target in aliases.items() if name not in statistics}
+    weights = frozen_weights(model)
+    tensors, aliases, plan = weights.tensors, weights.aliases, weights.plan
     if task is None:
         return Frozen(tensors, aliases, plan, None, "no task was given, so no example input to trace with")
-    bare = plain(model)
+    bare = plain(weights.model)
     try:
         args, kwargs = capture_call(task, bare, to_device(task.example(), torch.device("cpu")))
-        graph = trace(bare, args, kwargs).without_statistics(statistics)
+        graph = trace(bare, args, kwargs).without_statistics(weights.statistics)
     except ModelError as error:
         return Frozen(tensors, aliases, plan, None, str(error))
     constants = {name: dense_representation(value) for name, value in graph.constants.items()}
@@ -283,12 +277,6 @@ def _write_both(
 
 def encoded_length(model: nn.Module, context: Context, options: FileOptions) -> int | None:
     """Length of the weights-only file this state would be written to now; None where it cannot be said cheaply."""
-
-    def tell(done: int, total: int) -> None:
-        context.progress("weighing", done, total)
-
     if sum(p.numel() for p in model.parameters()) > LARGEST_WEIGHED:
         return None
-    frozen = freeze_model(model, None)
-    coded = encode.encode(frozen.tensors, aliases=frozen.aliases, coders=options.coders, floats="fp32", progress=tell)
-    return len(coded)
+    return file_length(model, context, options.coders)

@@ -16,6 +16,7 @@ from espalier.core.task import capture_call, to_device
 from espalier.graph import Graph, Node, Value, Weight, infer, trace
 from espalier.graph.graph import leaves, references
 from espalier.train.calls import layers_named
+from espalier.train.layers import owners
 
 FOLDED_INTO = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -24,11 +25,11 @@ def fold_norms(model: nn.Module, layers: tuple[str, ...], context: Context, who:
     """``model`` with every norm behind one of ``layers`` (patterns) folded; those that cannot be are skipped."""
     chosen = layers_named(model, layers, FOLDED_INTO, context, who)
     norms = {path: module for path, module in model.named_modules() if isinstance(module, BATCH_NORMS)}
-    found = feeding(model, context) if norms else {}
+    found = feeding(model, traced(model, context)) if norms else {}
     plan = []
-    for path, norm in norms.items():
+    for path in norms:
         into = found.get(path, "")
-        reason = _refusal(model, norm, into) if into else "no linear layer or convolution feeds it alone"
+        reason = refusal(model, path, into) if into else "no linear layer or convolution feeds it alone"
         if into and into not in chosen:
             reason = f"{into} is not among the chosen layers"
         if reason:
@@ -41,11 +42,15 @@ def fold_norms(model: nn.Module, layers: tuple[str, ...], context: Context, who:
     return Plan(tuple(plan)).apply(model)
 
 
-def feeding(model: nn.Module, context: Context) -> dict[str, str]:
-    """Path of each batch norm with statistics -> the layer whose output it reads, channel by channel, and alone."""
+def traced(model: nn.Module, context: Context) -> Graph:
+    """The graph of ``model`` on the task's example, operators that no file can hold among its nodes."""
     bare = plain(model)
     args, kwargs = capture_call(context.data, bare, to_device(context.data.example(), device_of(bare)))
-    graph = trace(bare, args, kwargs, foreign=True)
+    return trace(bare, args, kwargs, foreign=True)
+
+
+def feeding(model: nn.Module, graph: Graph) -> dict[str, str]:
+    """Path of each batch norm with statistics -> the layer whose output it reads, channel by channel, and alone."""
     readers = Counter(arg.index for node in graph.nodes for arg in references(node) if isinstance(arg, Value))
     readers.update(leaf.index for leaf in leaves(graph.output) if isinstance(leaf, Value))
     uses = Counter(arg.name for node in graph.nodes for arg in references(node) if isinstance(arg, Weight))
@@ -75,16 +80,17 @@ def _owner(node: Node, key: str, uses: Counter[str]) -> str:
     return arg.name.rpartition(".")[0] if isinstance(arg, Weight) and uses[arg.name] == 1 else ""
 
 
-def _refusal(model: nn.Module, norm: Any, layer: str) -> str:
-    """Why ``norm`` cannot be folded into ``layer``; empty where it can."""
+def refusal(model: nn.Module, path: str, layer: str) -> str:
+    """Why the batch norm at ``path`` cannot be folded into ``layer``; empty where it can."""
+    norm: Any = model.get_submodule(path)
     known = {name: slot for slot in slots(model).values() for name in slot.names}
     weight, bias = known[f"{layer}.weight"], known.get(f"{layer}.bias")
     if norm.running_mean is None or norm.running_var is None:
         return "it has no running statistics"
     if weight.phase == "codes":
         return f"the values of {weight.name} are fixed by an earlier step; fold before it"
-    if bias is not None and (bias.phase != "dense" or len(bias.owners) > 1):
+    if bias is not None and (bias.phase != "dense" or len(owners(bias)) > 1):
         return f"{bias.name} is shared or carries a form"
-    if len(weight.owners) > 1:
+    if len(owners(weight)) > 1:
         return f"{weight.name} is shared with {weight.names[1]}"
     return ""
