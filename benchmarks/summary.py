@@ -329,6 +329,141 @@ def gptq() -> list[str]:
     return table(["what", "method", "measured"], body) if body else ["Not measured yet: `make bench NAME=gptq`."]
 
 
+def decompositions() -> list[str]:
+    """Seconds and error beside tensorly; the result's speed beside dense and tensorly-torch."""
+    found = rows("decompositions")
+    body, fast = [], []
+    for row in found:
+        measured = row["measured"]
+        if "seconds" in measured:
+            error, times = measured["relative_error"], measured["times_faster"]
+            body.append([
+                row["row"].removeprefix("seconds, "), row["id"], measured["rank"],
+                *(f"{1e3 * measured['seconds'][who][0]:.2f}" for who in ("own", "tensorly")),
+                f"{times[0]:.1f} ({min(times):.1f} to {max(times):.1f})",
+                f"{error['own']:.4f} / {error['tensorly']:.4f}",
+            ])  # fmt: skip
+        if "ms" in measured:
+            ratio, own = measured["times_faster_than_dense"], measured["ms"]
+            peers = [f"{ratio[f'tensorly-torch, {form}']:.2f}" if f"tensorly-torch, {form}" in ratio else ""
+                     for form in ("factorized", "reconstructed")]  # fmt: skip
+            fast.append([
+                row["row"].removeprefix("latency, "), row["id"], f"{own['dense'][0]:.2f}", f"{own['own'][0]:.2f}",
+                f"{ratio['own']:.2f}", *peers,
+            ])  # fmt: skip
+    if not found:
+        return ["Not measured yet: `make bench NAME=decompositions`."]
+    first = table(["layer", "method", "rank", "own ms", "tensorly ms", "times faster", "error, own / tensorly"], body)
+    head = ["layer, share of numbers", "method", "dense ms", "own ms", "times faster than dense",
+            "tensorly-torch factorized", "reconstructed"]  # fmt: skip
+    return [*first, "", "The result in use:", "", *table(head, fast)]
+
+
+def distillation() -> list[str]:
+    """Accuracy on test by row, over seeds, and what it is compared with."""
+    found = rows("distillation")
+    if not found:
+        return ["Not measured yet: `make bench NAME=distillation`."]
+    many: dict[tuple[str, str, str], dict[int, Row]] = {}
+    for row in found:
+        part, mode, _ = row["row"].split(", ")
+        many.setdefault((part, mode, row["id"]), {})[row["seed"]] = row
+    body = []
+    for (part, mode, name), seeds in many.items():
+        tests = [row["measured"]["test"] for row in seeds.values()]
+        beside = next(iter(seeds.values()))["setting"]["beside"]
+        others = many.get((part, mode, beside), {})
+        gains = [row["measured"]["test"] - others[seed]["measured"]["test"] for seed, row in seeds.items()
+                 if seed in others and name != beside]  # fmt: skip
+        body.append([part, mode, name, spread(tests), len(tests), beside if gains else "", signed(gains)])
+    return table(["data", "form", "row", "test accuracy %", "seeds", "beside", "points ahead"], body)
+
+
+def curves(file: str) -> list[str]:
+    """Test error of two ways at equal bytes: how far ours is ahead, and the sizes compared."""
+    body = []
+    for row in rows(file):
+        measured = row["measured"]
+        if "ahead_by" not in measured:
+            continue
+        ahead, points = measured["ahead_by"], [p for curve in measured["curves"].values() for p in curve]
+        sizes = f"{min(p['bytes'] for p in points):,.0f} to {max(p['bytes'] for p in points):,.0f}"
+        told = f"{ahead['mean']:+.2f}" + (f" ± {ahead['stderr']:.2f}" if "stderr" in ahead else "")
+        body.append([row["id"], row["row"], len(measured["curves"]), sizes, told])
+    head = ["recipe", "against", "seeds", "bytes", "points of test error ahead"]
+    return table(head, body) if body else [f"Not measured yet: `make bench NAME={file}`."]
+
+
+def federated() -> list[str]:
+    """Accuracy and bytes of all rounds, with the dense messages as the measure."""
+    found = [row for row in rows("federated") if "test_accuracy" in row["measured"]]
+    dense = {(row["setting"]["mode"], row["seed"]): row["measured"] for row in found if row["id"] == "dense"}
+    many: dict[tuple[str, str], list[Row]] = {}
+    for row in found:
+        many.setdefault((row["setting"]["mode"], row["id"]), []).append(row)
+    body = []
+    for (mode, name), group in many.items():
+        pairs = [(row["measured"], dense[mode, row["seed"]]) for row in group if (mode, row["seed"]) in dense]
+        body.append([
+            mode, name, spread([row["measured"]["test_accuracy"] for row in group]),
+            f"{mean(row['measured']['bytes'] for row in group) / 1e6:.2f}",
+            f"{mean(theirs['bytes'] / mine['bytes'] for mine, theirs in pairs):.1f}" if pairs else "",
+            signed([mine["test_accuracy"] - theirs["test_accuracy"] for mine, theirs in pairs]),
+        ])  # fmt: skip
+    head = ["form", "messages", "test accuracy %", "MB in all", "times fewer bytes", "points beside dense"]
+    return table(head, body) if body else ["Not measured yet: `make bench NAME=federated`."]
+
+
+def combinations(network: str) -> list[str]:
+    """Test error of each method, each pair and the chain at equal bytes."""
+    found = [row for row in rows("combinations") if row["setting"]["network"] == network]
+    if not found:
+        return [f'Not measured yet: `make bench NAME=combinations ARGS="--network {network}"`.']
+    goals = sorted({row["row"].split(", ")[2] for row in found})
+    many: dict[str, dict[str, list[Row]]] = {}
+    for row in found:
+        many.setdefault(row["id"], {}).setdefault(row["row"].split(", ")[2], []).append(row["measured"])
+    body = []
+    for name, by_goal in many.items():
+        cells = []
+        for goal in goals:
+            group = by_goal.get(goal, [])
+            good = [m for m in group if "test_error" in m]
+            sizes = f"{mean(m['bytes'] for m in good):,.0f} B" if good else ""
+            cells.append(
+                f"{spread([m['test_error'] for m in good])} ({sizes})" if good else "out of reach" * bool(group)
+            )
+        body.append([name, *cells])
+    return table(["methods", *(f"test error % at {goal}" for goal in goals)], body)
+
+
+def smaller(file: str) -> list[str]:
+    """Every method at 2 and 4 times fewer bytes, before and after fine-tuning."""
+    body = []
+    for name in (file, f"{file}_quick"):
+        for row in rows(name):
+            measured = row["measured"]
+            if "before" in measured and "bytes" in measured:
+                reached = "" if measured.get("reached", True) else "no"
+                judged = [m.get("test_error", m.get("kl")) for m in (measured["before"], measured["after"])]
+                numbers = (f"{measured['bytes']:,}", reached, *(f"{value:.4g}" for value in judged))
+                body.append([name.removeprefix(file).strip("_") or "full", row["row"], row["id"], *numbers])
+    head = ["form", "network and method", "id", "bytes", "so small", "before", "after fine-tuning"]
+    return table(head, body) if body else [f"Not measured yet: `make bench NAME={file}`."]
+
+
+def swapped() -> list[str]:
+    """Compact blocks in the place of trained layers."""
+    body = [
+        [row["row"], row["id"], ", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+                                          for key, value in row["measured"].items() if isinstance(value, (int, float)))]
+        for row in rows("compact_swap")
+    ]  # fmt: skip
+    return (
+        table(["network", "block", "measured"], body) if body else ["Not measured yet: `make bench NAME=compact_swap`."]
+    )
+
+
 Section = tuple[str, str, Callable[[], list[str]]]
 
 ZOO = """\
@@ -355,6 +490,21 @@ CIFAR-10, SqueezeNet on 500 images of ImageNet. Paired intervals and the images 
 CAUSALITY = """\
 Units removed by intervention against the network's own predictions; magnitude and random take as many of each
 group."""
+DECOMPOSITIONS = """\
+Random weights, one thread, own form and tensorly's in turn; medians, and the range of the ratio. No training."""
+SMALLER = """\
+The largest setting whose fp32 file, loaded again, is so much smaller; error in percent, for stories260K the KL
+divergence from the original. ``dense`` is the network itself."""
+DISTILLATION = """\
+Students from the same start and for the same epochs as the student alone; nothing is chosen by test."""
+EQUAL = """\
+The same network and the same epochs; errors are interpolated at sizes that both reached, seed by seed. Positive: the
+first is ahead."""
+COMBINED = """\
+Every row is trained for the same epochs at the setting that gives these bytes; entropy coding (``code``) is a method
+of its own here."""
+FEDERATED = """\
+10 clients with images of two to four classes each; bytes are the lengths of all messages, both ways."""
 SPARSE = "One matrix product with zeros, in runtimes that have kernels for them, beside the dense product."
 
 SECTIONS: tuple[Section, ...] = (
@@ -376,6 +526,16 @@ SECTIONS: tuple[Section, ...] = (
     ("int8 beside the runtimes' own tools: accuracy (`int8_accuracy`)", INT8_ACCURACY, int8_accuracy),
     ("Rounding with error feedback (`gptq`)", "All layers in 4 bits, no training.", gptq),
     ("Binary layers by XNOR and popcount (`popcount`)", "Median milliseconds, batch 1, fp32 in and out.", popcount),
+    ("Decompositions beside tensorly (`decompositions`)", DECOMPOSITIONS, decompositions),
+    ("Layers as products (`factors`)", SMALLER, lambda: smaller("factors")),
+    ("Weights made from few numbers (`structured`)", SMALLER, lambda: smaller("structured")),
+    ("Compact blocks (`compact_swap`)", "Before and after regression, and after fine-tuning.", swapped),
+    ("Distillation (`distillation`)", DISTILLATION, distillation),
+    ("Pruned and quantized together, or one after the other (`joint`)", EQUAL, lambda: curves("joint")),
+    ("Compressed while fine-tuned to another task, or after (`transfer`)", EQUAL, lambda: curves("transfer")),
+    ("Methods, pairs and the chain, LeNet-5 (`combinations`)", COMBINED, lambda: combinations("lenet5")),
+    ("Methods, pairs and the chain, ResNet-20 (`combinations`)", COMBINED, lambda: combinations("resnet20")),
+    ("Federated averaging (`federated`)", FEDERATED, federated),
 )
 
 
