@@ -117,7 +117,7 @@ def losses(epochs: int) -> dict[str, d.DistillLoss]:
         "soft-targets": d.SoftTargets(), "logits": d.Logits(), "logits, predictions": d.Logits(space="predictions"),
         "hints, two-stage": d.Hints(epochs=max(1, epochs // 3)), "hints, joint": d.Hints(mode="joint"),
         "features": d.Features(), "attention, code": d.Attention(), "attention, paper": d.Attention(mode="paper"),
-        "relational": d.Relational(), "dkd": d.DKD(warmup=max(1, epochs // 12)),
+        "relational": d.Relational(), "dkd": d.DKD(beta=2.0, warmup=max(1, epochs // 2)),
     }  # fmt: skip
 
 

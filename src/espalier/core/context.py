@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import nn
 
-from espalier.core.errors import EspalierWarning, NeedError, NoEffectWarning
+from espalier.core.errors import EspalierWarning, NeedError, NoEffectWarning, did_you_mean
 from espalier.core.method import Method, Technique
 from espalier.core.metric import Score
 from espalier.core.model import digest, modes, set_modes
@@ -144,7 +144,10 @@ class Context:
         """Raise one ``NeedError`` for everything ``method`` needs that is not here, before any work starts."""
         missing = [need for need in sorted(method.needs) if not self._offers(need)]
         if missing:
-            raise NeedError(f"{method.name} needs {', '.join(_say(need) for need in missing)}.")
+            close = [
+                did_you_mean(need[6:], {"original", *self.models}) for need in missing if need.startswith("model:")
+            ]
+            raise NeedError(f"{method.name} needs {', '.join(_say(need) for need in missing)}.{''.join(close[:1])}")
 
     def _offers(self, need: str) -> bool:
         if need.startswith("model:"):
