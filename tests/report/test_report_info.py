@@ -223,6 +223,53 @@ def test_codebooks_are_listed(record) -> None:
     assert (found.range, found.entries[0]) == ("5 bits to 6 bits in 2 codebooks", ("fc1", "5 bits, 33 values"))
 
 
+def test_layers_made_from_fewer_numbers_are_listed(record) -> None:
+    record["steps"][2]["details"] = {
+        "factors": [{"name": "fc1.weight", "ranks": [4, 8], "parameters": [1000, 400], "error": 0.125}],
+        "layers": {"fc2.weight": {"structure": "circulant", "weights": 600, "numbers": 100, "relative_error": 0.5}},
+        "swapped": [{
+            "layer": "conv", "block": "ghost", "numbers": [90, 50], "error": {"start": 0.75, "regressed": 0.25},
+        }],
+    }  # fmt: skip
+    (found,) = summarise(record).steps[2].per_layer
+    assert (found.label, found.range) == ("numbers kept", "1,690 → 550 in 3 layers")
+    assert found.entries == (
+        ("fc1.weight", "rank 4, 8: 1,000 → 400; 12.5% off"),
+        ("fc2.weight", "circulant: 600 → 100; 50.0% off"),
+        ("conv", "ghost: 90 → 50; misses 75.0% of the outputs, 25.0% after regression"),
+    )
+
+
+def test_teachers_rounds_and_tries_are_listed(record) -> None:
+    record["steps"][2]["details"] = {
+        "before": [{"student": 80.0, "original": 91.25}],
+        "rounds": [
+            {"round": 1, "bytes_up": 1500, "bytes_down": 3000, "metric": 50.5},
+            {"round": 2, "bytes_up": 1500, "bytes_down": 3000},
+        ],
+        "tries": [
+            {"name": "01-prune-01", "bytes": 2000, "drop": 0.5, "kept": True, "reason": ""},
+            {"name": "01-prune-02", "kept": False, "reason": "nothing left to remove"},
+        ],
+    }  # fmt: skip
+    teachers, rounds, tries = summarise(record).steps[2].per_layer
+    assert teachers.entries == (("student", "80"), ("original", "91.25"))
+    assert (rounds.range, rounds.entries[0]) == (
+        "9.00 kB in 2 rounds", ("round 1", "1.50 kB up, 3.00 kB down; 50.5 after it"),
+    )  # fmt: skip
+    assert tries.range == "1 of 2 kept"
+    assert tries.entries == (
+        ("01-prune-01", "2.00 kB, drop 0.50; kept"), ("01-prune-02", "nothing left to remove"),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("nonsense", [5, "x", [1], [{}], {"a": 1}, [{"ranks": 5, "parameters": 3}], None, [None]])
+def test_nonsense_in_the_details_is_passed_over(record, nonsense) -> None:
+    keys = ("factors", "layers", "swapped", "before", "rounds", "tries")
+    record["steps"][2]["details"] = dict.fromkeys(keys, nonsense)
+    assert isinstance(summarise(record).steps[2].per_layer, tuple)
+
+
 def test_what_was_left_alone_is_grouped_by_reason(record) -> None:
     (left,) = summarise(record).skipped
     assert (left.names, left.reason) == (("fc1.bias", "fc2.bias", "fc3.bias"), "biases are small and sensitive")

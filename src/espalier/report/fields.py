@@ -21,6 +21,16 @@ def texts(value: Any) -> tuple[str, ...]:
     return tuple(text(item) for item in value if isinstance(item, str)) if isinstance(value, list) else ()
 
 
+def name_of(value: Any) -> str:
+    """A string of the record as a name, cut short and made safe to show; empty for anything else."""
+    return units.printable(value) if isinstance(value, str) else ""
+
+
+def items(value: Any) -> list[tuple[str, Any]]:
+    """What a JSON object holds; nothing for anything else."""
+    return list(value.items()) if isinstance(value, Mapping) else []
+
+
 def truth(value: Any) -> bool | None:
     """A truth value of the record, else None."""
     return value if isinstance(value, bool) else None

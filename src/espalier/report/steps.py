@@ -12,6 +12,8 @@ from espalier.measure.comparison import at, number
 from espalier.report import units
 from espalier.report.before_after import ratio_words
 from espalier.report.budget import objects
+from espalier.report.fields import items, name_of
+from espalier.report.per_layer import PerLayer, per_layer
 
 MAX_POINTS = 400
 MAX_DEPTH = 6
@@ -35,15 +37,6 @@ class Curve:
     label: str
     unit: str
     points: tuple[tuple[float, float], ...]
-
-
-@dataclass(frozen=True)
-class PerLayer:
-    """What a step decided layer by layer: (layer, as text) and the range in words."""
-
-    label: str
-    range: str
-    entries: tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True)
@@ -115,39 +108,31 @@ def steps(given: Any, metric: str, unit: str, *, higher: bool) -> tuple[Step, ..
 
 
 def _step(item: Mapping[str, Any], metric: str, unit: str, *, higher: bool) -> Step:
-    path = _string(item.get("path"))
+    path = name_of(item.get("path"))
     last = path.rpartition("/")[2]
-    name = re.sub(r"^\d+-", "", last) or last or _string(item.get("method"))
+    name = re.sub(r"^\d+-", "", last) or last or name_of(item.get("method"))
     fields = item.get("fields")
     return Step(
         name=name,
         path=path,
         depth=path.count("/"),
-        method=_string(item.get("method")),
-        fields=tuple((units.printable(key, 60), _plain(v)) for key, v in _items(fields) if v not in (None, [], {})),
+        method=name_of(item.get("method")),
+        fields=tuple((units.printable(key, 60), _plain(v)) for key, v in items(fields) if v not in (None, [], {})),
         seconds=number(item.get("seconds")),
         deltas=_deltas(item.get("before"), item.get("after"), metric, unit, higher=higher),
         skipped=_skipped(path, item.get("skipped")),
         notes=_strings(item.get("notes")),
         warnings=_strings(item.get("warnings")),
         curves=_curves(at(item, "details", "history"), metric, unit),
-        per_layer=_per_layer(item.get("details")),
+        per_layer=per_layer(item.get("details")),
         sensitivity=_sensitivity(at(item, "details", "sensitivity")),
         quantization=_quantization(at(item, "details", "quantization sensitivity")),
     )
 
 
-def _string(value: Any) -> str:
-    return units.printable(value) if isinstance(value, str) else ""
-
-
 def _strings(value: Any) -> tuple[str, ...]:
     found = (units.printable(item, 2000) for item in value if isinstance(item, str)) if isinstance(value, list) else ()
     return tuple(dict.fromkeys(found))
-
-
-def _items(value: Any) -> list[tuple[str, Any]]:
-    return list(value.items()) if isinstance(value, Mapping) else []
 
 
 def _plain(value: Any, depth: int = 0) -> str:
@@ -198,7 +183,7 @@ def _skipped(step: str, given: Any) -> tuple[Skipped, ...]:
     """Grouped by reason, in order of appearance."""
     groups: dict[str, list[str]] = {}
     for item in objects(given):
-        groups.setdefault(_string(item.get("reason")) or "no reason recorded", []).append(_string(item.get("name")))
+        groups.setdefault(name_of(item.get("reason")) or "no reason recorded", []).append(name_of(item.get("name")))
     return tuple(Skipped(step, reason, tuple(names)) for reason, names in groups.items())
 
 
@@ -240,75 +225,19 @@ def _thinned(points: list[tuple[float, float]]) -> tuple[tuple[float, float], ..
     return tuple(points[round(k * last / (MAX_POINTS - 1))] for k in range(MAX_POINTS))
 
 
-def _per_layer(details: Any) -> tuple[PerLayer, ...]:
-    found = []
-    for key, show in (("sparsity", units.percent), ("bits", lambda n: units.plural(int(n), "bit"))):
-        values = [(units.printable(name), n) for name, v in _items(at(details, key)) if (n := number(v)) is not None]
-        if not values:
-            continue
-        low, high = (show(pick(n for _, n in values)) for pick in (min, max))
-        span = low if low == high else f"{low} to {high}"
-        text = f"{span} over {units.plural(len(values), 'layer')}"
-        found.append(PerLayer(key, text, tuple((name, show(n)) for name, n in values)))
-    found += _codebooks(at(details, "codebooks")) + _groups(details) + _protected(at(details, "protected"))
-    return tuple(found + _mixed(at(details, "mixed bits")) + _coverage(at(details, "coverage")))
-
-
-def _coverage(given: Any) -> list[PerLayer]:
-    """What is quantized, by what and in how many bits: weights with their share, and inputs."""
-    found = []
-    for key in ("weights", "inputs"):
-        entries = [
-            (units.printable(name), f"{_string(at(item, 'method')).rpartition('.')[2]}, {units.plural(int(n), 'bit')}")
-            for name, item in _items(at(given, key)) if (n := number(at(item, "bits"))) is not None
-        ]  # fmt: skip
-        share, macs = number(at(given, "parameters")), number(at(given, "macs"))
-        text = units.plural(len(entries), "layer")
-        if key == "weights" and share is not None:
-            text = f"{_string(at(given, 'layers'))} layers, {units.percent(share)} of the parameters"
-            text += f" and {units.percent(macs)} of the multiply-adds" if macs is not None else ""
-        if entries:
-            found.append(PerLayer(f"{key} quantized", text, tuple(entries)))
-    return found
-
-
-def _groups(details: Any) -> list[PerLayer]:
-    """Units of every channel group, before and after."""
-    entries, total = [], [0.0, 0.0]
-    for group in objects(at(details, "groups")):
-        before, after = number(group.get("before")), number(group.get("after"))
-        if before is None or after is None:
-            continue
-        entries.append((_string(group.get("name")), f"{before:,.0f} → {after:,.0f}"))
-        total = [total[0] + before, total[1] + after]
-    if not entries:
-        return []
-    text = f"{total[0]:,.0f} → {total[1]:,.0f} in {units.plural(len(entries), 'coupled group')}"
-    return [PerLayer("units kept", text, tuple(entries))]
-
-
-def _protected(given: Any) -> list[PerLayer]:
-    """Dimensions that had to stay whole, and why."""
-    entries = [
-        (f"{_string(item.get('tensor'))}, dimension {number(item.get('dim')) or 0:g}", _string(item.get("reason")))
-        for item in objects(given)
-    ]
-    return [PerLayer("protected", units.plural(len(entries), "dimension"), tuple(entries))] if entries else []
-
-
 def _sensitivity(given: Any) -> Sensitivity | None:
     levels = tuple(x for x in map(number, at(given, "levels") or ()) if x is not None)
     groups = []
     for group in objects(at(given, "groups")):
         values = tuple(x for x in map(number, group.get("values") or ()) if x is not None)
         if len(values) == len(levels):
-            groups.append((_string(group.get("name")), int(number(group.get("size")) or 0), values))
+            groups.append((name_of(group.get("name")), int(number(group.get("size")) or 0), values))
     full = number(at(given, "full"))
     if full is None or not groups:
         return None
-    label = f"{_string(at(given, 'metric'))} on {_string(at(given, 'split'))}"
+    label = f"{name_of(at(given, 'metric'))} on {name_of(at(given, 'split'))}"
     return Sensitivity(
-        label, levels, full, _string(at(given, "unit")), at(given, "higher_is_better") is not False, tuple(groups)
+        label, levels, full, name_of(at(given, "unit")), at(given, "higher_is_better") is not False, tuple(groups)
     )
 
 
@@ -319,43 +248,10 @@ def _quantization(given: Any) -> QuantizationSensitivity | None:
         widths = [(number(layer.get("bits")), "weight"), (number(layer.get("input_bits")), "input")]
         words = ", ".join(f"{what} {units.plural(int(n), 'bit')}" for n, what in widths if n is not None)
         if on is not None and off is not None:
-            layers.append((_string(layer.get("name")), words, float(on), float(off)))
+            layers.append((name_of(layer.get("name")), words, float(on), float(off)))
     full, everything = number(at(given, "full")), number(at(given, "all"))
     if full is None or everything is None or not layers:
         return None
-    label = f"{_string(at(given, 'metric'))} on {_string(at(given, 'split'))}"
+    label = f"{name_of(at(given, 'metric'))} on {name_of(at(given, 'split'))}"
     higher = at(given, "higher_is_better") is not False
-    return QuantizationSensitivity(label, full, everything, _string(at(given, "unit")), higher, tuple(layers))
-
-
-def _mixed(given: Any) -> list[PerLayer]:
-    """The bits chosen for every layer, with what they cost in bytes and in the measure of sensitivity."""
-    entries = []
-    for layer in objects(at(given, "layers")):
-        bits, size, value = (number(layer.get(key)) for key in ("bits", "bytes", "sensitivity"))
-        if bits is None or size is None or value is None:
-            continue
-        words = f"{units.plural(int(bits), 'bit')}, {units.size(size)}, {_string(at(given, 'by'))} {value:.3g}"
-        entries.append((_string(layer.get("layer")), words))
-    used, budget = number(at(given, "used")), number(at(given, "budget"))
-    if not entries or used is None or budget is None:
-        return []
-    text = f"{used:,.4g} of {budget:,.4g} {_string(at(given, 'measure'))} in {units.plural(len(entries), 'layer')}"
-    return [PerLayer("mixed bits", text, tuple(entries))]
-
-
-def _codebooks(given: Any) -> list[PerLayer]:
-    """Shared codebooks: bits and distinct values of each."""
-    entries, widths = [], []
-    for name, book in _items(given):
-        bits, symbols = number(at(book, "bits")), number(at(book, "symbols"))
-        if bits is None:
-            continue
-        widths.append(bits)
-        values = "" if symbols is None else f", {units.plural(int(symbols), 'value')}"
-        entries.append((units.printable(name), f"{units.plural(int(bits), 'bit')}{values}"))
-    if not entries:
-        return []
-    low, high = units.plural(int(min(widths)), "bit"), units.plural(int(max(widths)), "bit")
-    span = low if low == high else f"{low} to {high}"
-    return [PerLayer("codebooks", f"{span} in {units.plural(len(entries), 'codebook')}", tuple(entries))]
+    return QuantizationSensitivity(label, full, everything, name_of(at(given, "unit")), higher, tuple(layers))

@@ -6,7 +6,8 @@ from espalier.report import units
 from espalier.report.charts import curve, strip
 from espalier.report.info import Info
 from espalier.report.markup import Markup, el
-from espalier.report.steps import PerLayer, QuantizationSensitivity, Sensitivity, Step
+from espalier.report.per_layer import PerLayer
+from espalier.report.steps import QuantizationSensitivity, Sensitivity, Step
 from espalier.report.tables import MAX_ROWS, table
 
 OPEN_STEPS = 40
@@ -63,7 +64,7 @@ def _deltas(step: Step) -> Markup | None:
 def _per_layer(found: PerLayer) -> Markup:
     rows = [[el("span", name, class_="name"), value] for name, value in found.entries]
     summary = el("summary", f"{found.label}: {found.range}")
-    return el("details", summary, table(["layer", found.label], rows, numbers=(1,)))
+    return el("details", summary, table(["", found.label], rows, numbers=(1,)))
 
 
 def _sensitivity(found: Sensitivity) -> Markup:
