@@ -7,23 +7,33 @@ import torch
 
 from espalier.core.inputs import Observed, QuantizedInput
 from espalier.core.quantized import QuantizedWeight
-from espalier.quantize.relaxed import Relaxed, RelaxedInput, log_probabilities, relax
+from espalier.quantize.relaxed import Relaxed, RelaxedInput, relax
 
 ALPHA, SIGMA = torch.tensor(0.5), torch.tensor(0.2)
 
 
+def chances(x, low, high, alpha=ALPHA, sigma=SIGMA):
+    """pi (points, n) as the paper has it: differences of the logistic distribution function, over their sum."""
+    codes = torch.arange(low, high + 1, dtype=torch.float64)[:, None]
+    ends = [torch.sigmoid(((codes + half) * alpha - x.double()) / sigma) for half in (0.5, -0.5)]
+    return (ends[0] - ends[1]) / (ends[0] - ends[1]).sum(0)
+
+
+def shares(found, low, high, alpha=ALPHA):
+    codes = torch.round(found / alpha)
+    return torch.stack([(codes == code).float().mean() for code in range(low, high + 1)])
+
+
 def test_the_chances_are_those_of_rounding_with_logistic_noise():
     """Monte Carlo of the definition: add the noise, round, drop what leaves the grid (the truncated distribution)."""
-    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
     for x in (0.13, -0.9, 0.7):
-        uniform = torch.rand(400_000, generator=generator).clamp(1e-7, 1 - 1e-7)
-        noisy = x + SIGMA * (torch.log(uniform) - torch.log1p(-uniform))
-        codes = torch.round(noisy / ALPHA)
-        codes = codes[(codes >= -2) & (codes <= 1)]
-        seen = torch.stack([(codes == c).float().mean() for c in (-2, -1, 0, 1)])
-        log_pi, grid = log_probabilities(torch.tensor([x]), ALPHA, SIGMA, -2, 1)
-        assert grid.tolist() == [-2, -1, 0, 1]
-        assert torch.allclose(log_pi.exp()[0], seen, atol=4e-3)
+        same = torch.full((400_000,), x)
+        uniform = torch.rand(len(same)).clamp(1e-7, 1 - 1e-7)
+        noisy = same + SIGMA * (torch.log(uniform) - torch.log1p(-uniform))
+        inside = noisy[(noisy > -2.5 * ALPHA) & (noisy < 1.5 * ALPHA)]
+        drawn = relax(same, ALPHA, SIGMA, -2, 1, estimator="straight-through")
+        assert torch.allclose(shares(drawn, -2, 1), shares(inside, -2, 1), atol=5e-3)
 
 
 def test_without_noise_it_is_rounding():
@@ -36,24 +46,31 @@ def test_without_noise_it_is_rounding():
 
 
 def test_the_local_grid_is_the_whole_one_but_for_what_is_far():
-    x = torch.randn(200, generator=torch.Generator().manual_seed(2))
-    whole, codes = log_probabilities(x, ALPHA, SIGMA, -8, 7)
-    local, near = log_probabilities(x, ALPHA, SIGMA, -8, 7, reach=8.0)
-    assert near.shape[-1] == 9 < len(codes)
-    valid = (near >= -8) & (near <= 7)
-    same = whole.exp().gather(1, (near.long() + 8).clamp(0, 15))
-    assert torch.allclose(torch.where(valid, same, 0), local.exp(), atol=2e-3)
+    torch.manual_seed(2)
+    for x in (0.13, -3.9, 3.4):
+        same = torch.full((100_000,), x)
+        local = shares(relax(same, ALPHA, SIGMA, -8, 7, reach=8.0, estimator="straight-through"), -8, 7)
+        assert torch.allclose(local.double(), chances(torch.tensor([x]), -8, 7)[:, 0], atol=6e-3)
 
 
 def test_straight_through_lies_on_the_grid_and_draws_by_the_chances():
     torch.manual_seed(3)
-    x = torch.full((100_000,), 0.2)
-    found = relax(x, ALPHA, SIGMA, -2, 1, estimator="straight-through")
-    codes = torch.round(found / ALPHA)
-    assert torch.allclose(codes * ALPHA, found, atol=1e-6)
-    log_pi, _ = log_probabilities(x[:1], ALPHA, SIGMA, -2, 1)
-    seen = torch.stack([(codes == c).float().mean() for c in (-2, -1, 0, 1)])
-    assert torch.allclose(seen, log_pi.exp()[0], atol=6e-3)
+    found = relax(torch.full((100_000,), 0.2), ALPHA, SIGMA, -2, 1, estimator="straight-through")
+    assert torch.allclose(torch.round(found / ALPHA) * ALPHA, found, atol=1e-6)
+    assert torch.allclose(shares(found, -2, 1).double(), chances(torch.tensor([0.2]), -2, 1)[:, 0], atol=6e-3)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_a_relaxed_draw_is_the_softmax_of_the_formula(temperature):
+    """The same uniform numbers, through the logarithms that the paper writes."""
+    x = torch.linspace(-2, 1.5, 300, dtype=torch.float64)
+    torch.manual_seed(7)
+    found = relax(x, ALPHA.double(), SIGMA.double(), -3, 2, temperature=temperature)
+    torch.manual_seed(7)
+    pi = chances(x, -3, 2)
+    gumbel = -torch.log(-torch.log(torch.rand_like(pi)))
+    z = torch.softmax((torch.log(pi) + gumbel) / temperature, 0)
+    assert torch.allclose(found, (z * torch.arange(-3, 3)[:, None]).sum(0) * ALPHA, atol=1e-6)
 
 
 @pytest.mark.parametrize("reach", [3.0, None])

@@ -4,9 +4,10 @@ Paper    Zhuang, Shen, Tan, Liu, Reid. Towards Effective Low-bitwidth Convolutio
          arXiv:1711.00205, section 3.4
 Formula  L = L_low + L_full + lambda R,   R = 1/2 sum_l ||mu_full_l - mu_low_l||^2 over chosen feature maps;
          both networks descend on L
-Departs  Feature maps are compared as they are, without adaptors between them, and the squared norm is the mean over
-         their entries, so that lambda means the same for small and large ones. In every stage the full-precision
-         network begins as the original again, and learns by an optimizer of its own.
+Departs  In place of adaptors between them, each feature map is brought to mean 0 and variance 1 over the batch:
+         quantizers such as DoReFa's change the scale of a layer. The squared norm is the mean over the entries, so that
+         lambda means the same for small and large maps. In every stage the full-precision network begins as the
+         original again, and learns by an optimizer of its own.
 """
 
 from __future__ import annotations
@@ -34,10 +35,21 @@ from espalier.train.looking import batches, looking
 if TYPE_CHECKING:
     from espalier.quantize.quantize import Quantize
 
+STABLE = 1e-5
+"""Added to the variance, as a batch norm does."""
+
 
 def hint(full: Sequence[Tensor], low: Sequence[Tensor]) -> Tensor:
-    """1/2 sum of the mean squared differences between pairs of equal shapes; differentiable in both."""
-    return torch.stack([(f - s).square().mean() / 2 for f, s in zip(full, low, strict=True)]).sum()
+    """1/2 sum of the mean squared differences between pairs of equal shapes, normalised; differentiable in both."""
+    return torch.stack(
+        [(normalised(f) - normalised(s)).square().mean() / 2 for f, s in zip(full, low, strict=True)]
+    ).sum()
+
+
+def normalised(features: Tensor) -> Tensor:
+    """The same of mean 0 and variance 1; near zero where all are equal."""
+    centred = features.float() - features.float().mean()
+    return centred / centred.square().mean().add(STABLE).sqrt()
 
 
 def layers_of(model: nn.Module) -> list[str]:

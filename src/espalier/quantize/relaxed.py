@@ -15,11 +15,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from espalier.core.fields import Positive
 from espalier.core.inputs import ActivationQuantizer, Input, Observed
@@ -28,49 +27,89 @@ from espalier.core.representation import Representation
 from espalier.quantize.grid import TINY, Grid, fake_quantize, integer_range
 from espalier.quantize.level_sets import in_float32, kept_values
 
+RARE = 100.0
+"""No draw from the exponential distribution is larger, so that the only point with a chance keeps it."""
+
 Estimator = Literal["relaxed", "straight-through"]
 
+CHUNK = 2**15
+"""Values at a time: all that is computed for them stays in the processor's cache."""
 
-def window(x: Tensor, alpha: Tensor, sigma: Tensor, low: int, high: int, reach: float | None) -> tuple[Tensor, Tensor]:
-    """``(codes, valid)``: the grid points looked at for each ``x``, (..., m) of them, and which lie in low..high.
+FAR = 20.0
+"""How many sigma from the grid: what is farther off has the same chances within e^-20."""
 
-    ``reach`` None: the whole grid, for all alike. Otherwise m is the smallest that holds ``reach`` sigma on both sides.
+
+class Relaxation(torch.autograd.Function):
+    """A draw for each of ``x`` (n,), and its derivatives by x, alpha and sigma: three numbers each, kept for backward.
+
+    With u and v the upper and the lower end of a point's cell less x, in sigma: pi ~ S(u) S(-v), since S(u) - S(v) =
+    S(u) S(-v) (1 - e^(v - u)), whose last factor is the same for every point. exp(Gumbel) is 1 / E for an E of the
+    exponential distribution, so z ~ (pi / E)^(1 / lambda), and d(sum of z_i g_i) = sum of z_i (g_i - mean of g)
+    d(log pi_i) / lambda.
     """
-    whole = high - low + 1
-    side = whole if reach is None else max(1, math.ceil(reach * float(sigma) / float(alpha)))
-    if 2 * side + 1 >= whole:
-        codes = torch.arange(low, high + 1, device=x.device)
-        return codes, torch.ones_like(codes, dtype=torch.bool)
-    centre = torch.round(x / alpha).clamp(low, high)
-    codes = centre[..., None] + torch.arange(-side, side + 1, device=x.device)
-    return codes, (codes >= low) & (codes <= high)
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, alpha: Tensor, sigma: Tensor, low: int, high: int, side: int | None, temperature: float,
+        hard: bool,
+    ) -> Tensor:  # fmt: skip
+        """``side``: points looked at on either side of the nearest; None for all of low..high."""
+        found, *slopes = (torch.empty_like(x) for _ in range(4))
+        for start in range(0, len(x), CHUNK):
+            part = slice(start, start + CHUNK)
+            values = _draw(x[part], alpha, sigma, low, high, side, temperature, hard)
+            for whole, value in zip((found, *slopes), values, strict=True):
+                whole[part] = value
+        ctx.save_for_backward(*slopes)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        """By x, and by alpha and sigma in all."""
+        by_x, by_alpha, by_sigma = ctx.saved_tensors
+        return grads[0] * by_x, grads[0] @ by_alpha, grads[0] @ by_sigma, None, None, None, None, None
 
 
-def log_probabilities(
-    x: Tensor, alpha: Tensor, sigma: Tensor, low: int, high: int, reach: float | None = None
-) -> tuple[Tensor, Tensor]:
-    """``(log pi, codes)``, (..., m): the chance of each grid point looked at; -inf where there is none.
-
-    S(a) - S(b) = S(a) S(-b) (1 - e^(b - a)), and the last factor, the same for every point, cancels.
-    """
-    codes, valid = window(x.detach(), alpha.detach(), sigma.detach(), low, high, reach)
-    distance = codes * alpha - x[..., None]
-    logits = F.logsigmoid((distance + alpha / 2) / sigma) + F.logsigmoid((alpha / 2 - distance) / sigma)
-    return torch.log_softmax(logits.masked_fill(~valid, -math.inf), -1), codes
+def _draw(
+    x: Tensor, alpha: Tensor, sigma: Tensor, low: int, high: int, side: int | None, temperature: float, hard: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The draw and its derivatives, (n,) each; inside, (points, n)."""
+    steps = torch.arange(high - low + 1 if side is None else 2 * side + 1, device=x.device, dtype=x.dtype)[:, None]
+    codes = steps + (low if side is None else torch.round(x / alpha).clamp(low, high) - side)
+    near = x.clamp((low - 0.5) * alpha - FAR * sigma, (high + 0.5) * alpha + FAR * sigma)
+    v = ((codes - 0.5) * alpha - near) / sigma
+    u = v + alpha / sigma
+    below, over = v.sigmoid(), u.neg().sigmoid()
+    chances = u.sigmoid() * v.neg().sigmoid()
+    if side is not None:
+        chances *= (codes >= low) & (codes <= high)
+    z = chances / torch.rand_like(chances).log_().neg_().clamp_(TINY, RARE)
+    if temperature != 1:
+        z = (z / z.amax(0)) ** (1 / temperature)
+    z /= z.sum(0)
+    mean = (z * codes).sum(0)
+    taken = torch.where(z == z.amax(0), codes, -math.inf).amax(0) if hard else mean
+    pull = z * (codes - mean) * (alpha / (sigma * temperature))
+    slope = below - over
+    by_alpha = taken + (pull * (0.5 * (below + over) - codes * slope)).sum(0)
+    return taken * alpha, (pull * slope).sum(0), by_alpha, (pull * (v * below - u * over)).sum(0)
 
 
 def relax(
     x: Tensor, alpha: Tensor, sigma: Tensor, low: int, high: int, *, temperature: float = 1.0,
     reach: float | None = None, estimator: Estimator = "relaxed",
 ) -> Tensor:  # fmt: skip
-    """A draw of the relaxed quantization of ``x`` (float32), its shape; differentiable in x, alpha and sigma."""
-    log_pi, codes = log_probabilities(x, alpha, sigma, low, high, reach)
-    gumbel = -torch.log(torch.empty_like(log_pi).exponential_().clamp_min(TINY))
-    z = torch.softmax((log_pi + gumbel) / temperature, -1)
-    if estimator == "straight-through":
-        hard = torch.zeros_like(z).scatter_(-1, z.argmax(-1, keepdim=True), 1.0)
-        z = hard + (z - z.detach())
-    return (z * codes).sum(-1) * alpha
+    """A draw of the relaxed quantization of ``x`` (float32), its shape; differentiable in x, alpha and sigma.
+
+    ``reach`` None: over the whole grid. Otherwise over the fewest points that hold ``reach`` sigma on both sides.
+    """
+    side = None if reach is None else max(1, math.ceil(reach * float(sigma.detach()) / float(alpha.detach())))
+    if side is not None and 2 * side + 1 >= high - low + 1:
+        side = None
+    hard = estimator == "straight-through"
+    settings = (low, high, side, temperature, hard)
+    drawn: Tensor = Relaxation.apply(x.reshape(-1), alpha, sigma, *settings)  # type: ignore[no-untyped-call]
+    return drawn.reshape(x.shape)
 
 
 def beginning(low: float, high: float, bits: int, noise: float) -> dict[str, Tensor]:
