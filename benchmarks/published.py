@@ -10,6 +10,7 @@ GAPS = {
     **{f"relaxed, {b}/{b}": (gap, "MNIST, LeNet-5") for b, gap in ((8, -0.09), (4, -0.06), (2, 0.12))},
     **{f"inq, {b}/32": (gap, RESNET18) for b, gap in ((5, -0.71), (4, -0.62), (3, 0.19), (2, 2.25))},
     **{f"dorefa, {scheme}, 2/2": (5.6, "ImageNet, ResNet-50") for scheme in ("two-stage", "progressive", "guided")},
+    "relaxed, straight-through, three times the epochs, 2/2": (-0.01, "MNIST, LeNet-5"),
     "fixed-point, 8/8": (-0.06, "MNIST, LeNet-5"),
     "twn, 2/32": (0.01, "MNIST, LeNet-5"),
     "ttq, 2/32": (0.64, "CIFAR-10, ResNet-20"),
