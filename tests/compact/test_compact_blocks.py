@@ -236,6 +236,7 @@ def test_three_in_a_row_for_seven() -> None:
         (Stacked3x3(), conv(4, 4, 6), "odd squares"),
         (Dilated(), conv(4, 4, 3), "at least 4"),
         (Dilated(), conv(4, 4, 6), "equal distances"),
+        (Dilated(), nn.Conv2d(4, 4, (1, 11)), "do not meet"),
         (GlobalPooling(), nn.Linear(4, 4), "flattened"),
         (GlobalPooling(), conv(4, 4, 3), "fully connected"),
         (Bottleneck(), conv(4, 4, 3, groups=2), "groups"),

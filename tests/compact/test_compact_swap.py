@@ -28,9 +28,9 @@ from espalier.compact.parts import Layer
 from espalier.compact.regression import Pairs, error, regress, renormalise, solve_last
 from espalier.compact.seen import seen
 from espalier.compact.starting import settle
-from espalier.core.blocks import Add, Branches, ChannelShuffle
+from espalier.core.blocks import Add, Branches, ChannelShuffle, First
 from espalier.core.context import Context
-from espalier.core.errors import NeedError, NoEffectWarning, NumericError, PhaseError, UnknownNameError
+from espalier.core.errors import EspalierWarning, NeedError, NoEffectWarning, NumericError, PhaseError, UnknownNameError
 from espalier.core.method import Technique
 from espalier.core.plan import Plan, applied
 from espalier.core.recipe import FileOptions
@@ -121,6 +121,27 @@ def test_global_pooling_stands_for_the_layer_behind_the_flattening(trained: nn.M
     assert digits.measure(result, "val").value > 60
 
 
+class ChannelsLast(nn.Module):
+    """Flattened as (height, width, channels)."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.body, self.head = how, nn.Conv2d(1, 6, 3), nn.Linear(216, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.body(x)
+        if self.how == "transpose":
+            return self.head(F.relu(x.transpose(1, 2)).flatten(1))
+        moved = x.permute(0, 2, 3, 1)
+        return self.head(moved.flatten(1) if self.how == "flatten" else moved.reshape(x.shape[0], -1))
+
+
+@pytest.mark.parametrize("how", ["flatten", "reshape", "transpose"])
+def test_maps_with_channels_last_are_not_pooled(how: str, digits: Task) -> None:
+    torch.manual_seed(0)
+    assert feature_maps(ChannelsLast(how), Context(task=digits)) == {}
+
+
 class Functional(nn.Module):
     """Flattened by a view, on batches of any size; a second linear layer that reads no map."""
 
@@ -206,6 +227,14 @@ def test_what_must_stay_stays_and_is_said() -> None:
     }.items():  # fmt: skip
         assert words in reasons[name], name
     assert result.twin.weight is result.tied.weight
+
+
+def test_a_bias_of_two_layers_keeps_both() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1))
+    model[2].bias = model[0].bias
+    with pytest.warns(NoEffectWarning, match="other owners"):
+        records(Swap(regression=0), model, Task(train=[(torch.randn(20, 4, 6, 6),)]))
 
 
 def test_nothing_grows(digits: Task, trained: nn.Module) -> None:
@@ -361,6 +390,63 @@ def test_error_is_the_share_of_the_variance() -> None:
     fit, held = Pairs(x, x).split()
     assert (len(fit), len(held)) == (40, 10)
     assert not {*map(tuple, fit.x.tolist())} & {*map(tuple, held.x.tolist())}
+
+
+@pytest.mark.parametrize(("count", "held"), [(1, 1), (2, 1), (5, 3), (9, 5), (10, 2)])
+def test_what_is_judged_on_is_never_fitted_on(count: int, held: int) -> None:
+    x = torch.arange(float(count))[:, None]
+    fit, judged = Pairs(x, x).split()
+    assert len(judged) == held
+    assert sorted(fit.x.flatten().tolist() + judged.x.flatten().tolist()) == x.flatten().tolist()
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_few_samples_do_no_harm(count: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(32, 32, 3, padding=1), nn.ReLU())
+    task = Task(train=[(torch.randn(count, 32, 4, 4),)])
+    started, _ = records(Swap(least_squares=False, regression=0), model, task)
+    found, record = records(Swap(), model, task)
+    fresh = torch.randn(64, 32, 4, 4)
+    pairs = Pairs(fresh, model[0](fresh).detach())
+    assert error(found[0], pairs) < 1.5 * error(started[0], pairs)  # type: ignore[index]
+    assert any("one sample is too few" in note for note in record.notes) == (count == 1)
+
+
+def test_a_block_worse_than_the_mean_is_said() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 32), nn.ReLU())
+    with torch.no_grad():
+        model[0].weight.copy_(torch.linalg.qr(torch.randn(32, 32))[0])
+    task = Task(train=[(torch.randn(40, 32) + 10 * torch.randn(32),)])
+    method = Swap(block=Bottleneck(width=0.1, activation="relu"), least_squares=False, regression=0)
+    with pytest.warns(EspalierWarning, match="more than their mean would"):
+        _, record = records(method, model, task)
+    assert swapped(record)["0"]["error"]["regressed"] >= 1
+
+
+def test_shortcuts_and_outputs_that_are_cut_off_are_solved_too() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(40, 3, 5, 5)
+    around = nn.Sequential(Add(nn.Identity(), nn.Sequential(nn.Conv2d(3, 2, 1), nn.ReLU(), nn.Conv2d(2, 3, 1))))
+    goal = 2 * x + 1
+    before = error(around, Pairs(x, goal))
+    solve_last(around, Pairs(x, goal), rng())
+    assert error(around, Pairs(x, goal)) < 0.7 * before
+    first = nn.Conv2d(3, 4, 1)
+    cut, wanted = (
+        nn.Sequential(first, Branches(nn.Identity(), nn.Conv2d(4, 4, 3, padding=1, groups=4)), First(7)) for _ in "ab"
+    )
+    pairs = Pairs(x, wanted(x).detach())
+    solve_last(cut, pairs, rng())
+    assert error(cut, pairs) < 1e-6
+
+
+def test_what_least_squares_cannot_solve_is_said() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv3d(6, 6, 3, padding=1), nn.ReLU())
+    _, record = records(Swap(regression=2), model, Task(train=[(torch.randn(12, 6, 4, 4, 4).cumsum(-1),)]))
+    assert record.notes == ["0: least squares solve no Conv3d; only the steps of Adam fit its block."]
 
 
 @pytest.mark.parametrize("norm", [True, False])

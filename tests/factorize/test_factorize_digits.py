@@ -38,7 +38,7 @@ from espalier.factorize import (
 from espalier.factorize.low_rank_training import shrunk, truncated
 from espalier.runs.checkpoint import EpochFile
 from espalier.testing import bits
-from espalier.train import SGD, Constant, Finetune
+from espalier.train import SGD, Constant, EarlyStopping, Finetune
 
 METHODS = (
     SVD(), ChannelSVD(), SpatialSVD(), Tucker(), Tucker(rank=Evbmf()), CP(), CP(modes="all", rank=Energy(energy=0.6)),
@@ -182,6 +182,16 @@ def test_the_step_of_the_penalty_is_rate_times_strength_times_steps() -> None:
     layers = method.prepare(model, Context(task=task))
     threshold = 1e-6 * 2000 * batches
     assert torch.allclose(layers[0].slot.value(), shrunk(before[None], threshold)[0], atol=1e-3)
+
+
+def test_early_stopping_does_not_undo_the_training() -> None:
+    """The best epoch for accuracy is an early one, before the rank has fallen."""
+    kept = []
+    for stopping in (None, EarlyStopping()):
+        method = LowRankTraining(epochs=3, strength=2000.0, layers=("9",), stopping=stopping)
+        layers = method.prepare(trained(), Context(task=digits()))
+        kept.append(float(torch.linalg.svdvals(layers[0].slot.value()).sum()))
+    assert kept[1] == pytest.approx(kept[0], rel=1e-6, abs=1e-6)
 
 
 def test_training_comes_in_one_piece() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.factorize.splitting import put, seeded, split_of
+from tests.factorize.splitting import context, put, run, seeded, split_of
 from torch import Tensor, nn
 
 from espalier.core.context import Context
@@ -20,6 +20,7 @@ from espalier.factorize import (
     Autoencoder,
     BasisFilters,
     ChannelSVD,
+    Fixed,
     SpatialSVD,
     TensorTrain,
     Tucker,
@@ -194,6 +195,25 @@ def test_the_autoencoder_is_the_pca_of_the_outputs(groups: int) -> None:
     spectra = torch.linalg.svdvals(centred.transpose(0, 1))
     assert float((z - y).square().sum()) == pytest.approx(float(spectra[:, 2:].square().sum()), rel=1e-3)
     assert torch.allclose(z.mean((0, 2, 3)), y.mean((0, 2, 3)), atol=1e-4)
+
+
+def test_too_few_outputs_code_the_weight() -> None:
+    """Eight samples have seven components; any others would be arbitrary."""
+    with seeded():
+        layer = nn.Linear(64, 64)
+        u, _, vh = torch.linalg.svd(layer.weight.detach())
+        layer.weight.data = (u * torch.logspace(0, -2, 64)) @ vh
+        rows, fresh = torch.randn(8, 64), torch.randn(200, 64)
+        around = context(rows)
+        model = nn.Sequential(layer).eval()
+        answer = model(fresh).detach()
+        after = Autoencoder(rank=Fixed(rank=16))(model, around)
+        same = Autoencoder(rank=Fixed(rank=16), of="weight")(model, around)
+    with torch.no_grad():
+        assert float((after(fresh) - answer).norm() / answer.norm()) < 0.5
+        assert torch.equal(after(fresh), same(fresh))
+    _, record = run(Autoencoder(), model, around.task)
+    assert record.notes[0].startswith("0.weight: 8 outputs do not show how 64 units vary together")
 
 
 @pytest.mark.parametrize(("bent", "kept"), [(True, "relu"), (False, "linear")])

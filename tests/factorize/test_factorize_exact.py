@@ -124,6 +124,28 @@ def test_cp_spreads_each_term_evenly() -> None:
     assert torch.allclose(lengths, lengths[:1].expand(3, -1), rtol=1e-4)
 
 
+@pytest.mark.parametrize("rank", [2, 6, 27])
+def test_cp_finds_tensors_of_low_rank_at_every_higher_one(rank: int) -> None:
+    """The Gram matrices are singular there: float32 alone gives NaN, no solution, or more error than the tensor."""
+    with seeded():
+        one, two = (composed([torch.randn(n, r) for n in (16, 12, 9)]) for r in (1, 2))
+        few = torch.cat([one[:1], torch.zeros(15, 12, 9)])
+        for tensor in (one, two, few, torch.randn(1, 3, 2), 1e-30 * two, 1e15 * two):
+            made = composed(cp(tensor, rank, torch.Generator().manual_seed(0), starts=3))
+            assert float((made - tensor).double().norm() / tensor.double().norm()) < 1e-5
+
+
+def test_cp_of_dead_filters_and_groups() -> None:
+    zeros = cp(torch.zeros(4, 5, 9), 3, torch.Generator())
+    assert [tuple(factor.shape) for factor in zeros] == [(4, 3), (5, 3), (9, 3)]
+    assert not composed(zeros).any()
+    with seeded():
+        layer, x = nn.Conv2d(16, 16, 3, groups=2), torch.randn(2, 16, 6, 6)
+        layer.weight.data[:8] = 0
+        layer.weight.data[9:] = 0
+        assert same(CP(), layer, x, (8,)) < 1e-4
+
+
 def test_both_factors_share_the_singular_values() -> None:
     with seeded():
         split, model = split_of(SVD(), nn.Linear(12, 8), torch.randn(2, 12))

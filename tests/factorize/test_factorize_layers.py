@@ -73,6 +73,16 @@ def test_a_layer_under_two_names_is_kept_as_factors() -> None:
     assert after.block is after.again
 
 
+def test_a_bias_of_two_layers_stays_theirs() -> None:
+    with seeded():
+        model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
+    model[2].bias = model[0].bias
+    after, record = run(SVD(), model)
+    assert after[0].bias is after[2].bias  # type: ignore[index]
+    assert set(kept_as_factors(after)) == {"0.weight", "2.weight"}
+    assert {row["why"] for row in record.details["factors"]} == {"its bias has other owners too"}
+
+
 @pytest.mark.parametrize(("name", "weights"), [
     ("recurrent", ["lstm.weight_ih_l0", "lstm.weight_hh_l0"]),
     ("attention", ["attention.in_proj_weight", "attention.out_proj.weight"]), ("hooked", ["0.weight"]),

@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.factorize.splitting import numbers, run, seeded, skipped, split_of
-from torch import nn
+from torch import Tensor, nn
 
 from espalier.core.context import Context
 from espalier.core.errors import UnknownNameError, UsageError
@@ -19,6 +20,8 @@ from espalier.core.task import Task
 from espalier.factorize import (
     CP,
     SVD,
+    ActivationAwareSVD,
+    Autoencoder,
     BasisFilters,
     Budget,
     ChannelSVD,
@@ -33,6 +36,7 @@ from espalier.factorize import (
     Tucker,
 )
 from espalier.factorize.budget import Point, allot, hull
+from espalier.factorize.evbmf import evbmf_rank
 from espalier.factorize.layer import layers_of
 from espalier.factorize.split import Split, first_gain, path, relative_error
 
@@ -137,6 +141,13 @@ def test_evbmf_gives_one_rank_to_cp() -> None:
         layer.weight.data += 0.2 * torch.randn(24, 24, 3, 3)
     ((ranks,), _, _) = chosen(nn.Sequential(layer), CP(rank=Evbmf()))
     assert ranks == (5,)
+
+
+def test_evbmf_takes_no_zeros_beyond_the_smaller_side_for_noise() -> None:
+    rng = np.random.default_rng(0)
+    matrix = rng.normal(size=(256, 5)) @ rng.normal(size=(5, 64)) + 0.3 * rng.normal(size=(256, 64))
+    values = np.linalg.svd(matrix, compute_uv=False)
+    assert evbmf_rank(values, 256, 64) == evbmf_rank(np.append(values, np.zeros(192)), 256, 64) == 5
 
 
 def test_fixed_by_pattern() -> None:
@@ -253,6 +264,39 @@ def test_a_budget_of_multiplications() -> None:
     spent = sum(rows[name]["macs"][1] if name in rows else dense for name, dense in (
         ("0.weight", 8 * 16 * 9 * 256), ("2.weight", 16 * 16 * 9 * 16)))  # fmt: skip
     assert spent <= 0.5 * before
+
+
+class Two(nn.Module):
+    """Equal weights, of which one sees inputs a hundred times as large."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(64, 64, bias=False), nn.Linear(64, 64, bias=False)
+        self.b.weight.data = self.a.weight.data.clone()
+
+    def forward(self, x: Tensor) -> Any:
+        return self.a(x) + self.b(100 * x)
+
+
+@pytest.mark.parametrize("method", [ActivationAwareSVD(), Autoencoder()], ids=lambda m: m.id)
+def test_absolute_errors_are_those_of_what_is_split(method: Factorization) -> None:
+    with seeded():
+        model, x = Two(), torch.randn(256, 64)
+    ranks = {}
+    for error in ("relative", "absolute"):
+        asked = method.replace(rank=Budget(keep=0.5, error=error))  # type: ignore[arg-type]
+        _, record = run(asked, model, Task(train=[(x,)], val=[(x,)]))
+        ranks[error] = {row["name"]: row["ranks"][0] for row in record.details["factors"]}
+    assert abs(ranks["relative"]["a.weight"] - ranks["relative"]["b.weight"]) < 4
+    assert ranks["absolute"]["a.weight"] == 1
+    assert ranks["absolute"].get("b.weight", 64) > 20
+
+
+def test_tables_have_no_multiplications_to_save() -> None:
+    with seeded():
+        model = nn.Sequential(nn.Embedding(100, 40), nn.Linear(40, 40))
+    _, _, context = chosen(model, SVD(rank=Budget(keep=0.5, of="macs")))
+    assert {"name": "0.weight", "reason": "no rank lowers its multiplications"} in context.record.skipped
 
 
 def test_a_budget_out_of_reach_is_said() -> None:

@@ -79,3 +79,39 @@ def test_by_fft_refuses_a_model_without_such_layers() -> None:
     for model in (nn.Sequential(nn.Linear(8, 8)), Circulant()(nn.Sequential(nn.Conv2d(8, 8, 3)), Context())):
         with pytest.raises(ModelError, match="circulant"):
             by_fft(model)
+
+
+class Owners(nn.Module):
+    """Attention and a layer of a transformer, which read weights themselves, and a plain layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.block = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        self.plain = nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.plain(self.block(self.attention(x, x, x)[0]))
+        return found
+
+
+def test_by_fft_leaves_alone_what_its_owner_reads() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 16)
+    shared = Circulant()(Owners(), Context()).eval()
+    faster = by_fft(shared).eval()
+    assert [name for name, module in faster.named_modules() if isinstance(module, CirculantLinear)] == ["plain"]
+    with torch.no_grad():
+        assert torch.allclose(faster(x), shared(x), atol=1e-5)
+    with pytest.raises(ModelError, match="outside of attention"):
+        by_fft(Circulant(layers=("attention.*", "block.*"))(Owners(), Context()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_by_fft_of_other_types_of_numbers(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    shared = Circulant(flips=True)(nn.Sequential(nn.Linear(16, 12)).to(dtype), Context())
+    x = torch.randn(3, 16, dtype=dtype)
+    answer = by_fft(shared)(x)
+    assert answer.dtype == dtype
+    assert torch.allclose(answer, shared(x), atol=1e-12 if dtype == torch.float64 else 2e-2)

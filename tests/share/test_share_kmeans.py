@@ -317,3 +317,25 @@ def test_assign(data: Floats, seed: int, zero: bool) -> None:
 
 def test_assign_without_centroids() -> None:
     assert assign(torch.zeros(2, 3), np.zeros(0), zero=True).tolist() == [[0, 0, 0], [0, 0, 0]]
+
+
+def test_frozen_weights_and_other_dtypes_share_no_table_with_the_rest() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8).double())
+    model[1].requires_grad_(requires_grad=False)
+    before = effective(model)
+    result = KMeans(bits=2, group="all")(model)
+    found = shared(result)
+    assert found["0.weight"][1] is found["2.weight"][1]
+    assert len({id(latent) for _, latent in found.values()}) == 3
+    for name, (_, latent) in found.items():
+        assert latent.requires_grad == (name != "1.weight")
+        assert latent.dtype == before[name].dtype
+    books = records(KMeans(bits=2, group="all"), model).details["codebooks"]
+    assert [book["layers"] for book in books.values()] == [["0.weight", "2.weight"], ["1.weight"], ["3.weight"]]
+
+
+def test_a_table_with_max_norm_is_left_alone() -> None:
+    model = nn.Sequential(nn.Embedding(8, 4, max_norm=1.0), nn.Linear(4, 4))
+    record = records(KMeans(bits=2), model)
+    assert "max_norm" in record.skipped[0]["reason"]
+    KMeans(bits=2)(model)(torch.arange(8)).sum().backward()

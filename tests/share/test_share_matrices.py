@@ -131,3 +131,12 @@ def test_hashed_layers_and_seeds_have_hashes_of_their_own() -> None:
         for name in ("0.weight", "1.weight")
     }
     assert len(seeds) == 4
+
+
+@pytest.mark.parametrize(("n", "keep"), [(64, 0.5), (100, 0.5), (63, 0.9)])
+def test_the_most_blocks_that_are_allowed_are_found_although_their_numbers_rise_and_fall(n: int, keep: float) -> None:
+    slot = slots(nn.Sequential(nn.Linear(n, n)))["0.weight"]
+    counts = {blocks: MonarchRule(shape=(n, n), blocks=blocks, rank=1).count for blocks in range(1, n + 1)}
+    found = Monarch(keep=keep).structure(slot, Context())
+    assert isinstance(found, MonarchRule)
+    assert found.blocks == max(blocks for blocks, count in counts.items() if count <= keep * n * n)

@@ -228,3 +228,15 @@ def test_what_cannot_keep_so_few_says_so() -> None:
         assert any("more than the share of 0.01" in note for note in record.notes)
     with pytest.raises(UsageError, match="keep"):
         Circulant(keep=1.5)
+
+
+@EACH
+def test_padding_stays_zero(method: Sharing) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(32, 16, padding_idx=0), nn.Linear(16, 16))
+    shared, record = run(method, model) if getattr(method, "what", "") != "kernels" else (model, Record("", ""))
+    assert float(slots(shared)["0.weight"].value()[0].abs().max()) < 1e-12
+    if isinstance(method, Monarch):
+        assert list(structures(shared)) == ["0.weight", "1.weight"]
+    elif record.skipped:
+        assert "its row 0 is padding" in record.skipped[0]["reason"]

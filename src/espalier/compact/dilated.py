@@ -31,7 +31,7 @@ class Dilated(Block):
 
     def refusal(self, layer: Layer) -> str:
         reason = needs_kernel(layer, groups=True, least=self.taps + 1)
-        if not reason and any((k - 1) % (self.taps - 1) for k in layer.kernel):
+        if not reason and any(k < self.taps or (k - 1) % (self.taps - 1) for k in layer.kernel):
             sizes = "x".join(map(str, layer.kernel))
             return f"its kernel is {sizes}, whose ends {self.taps} taps at equal distances do not meet"
         return reason

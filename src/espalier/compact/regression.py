@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from espalier.core.blocks import Branches, ChannelShuffle
+from espalier.core.blocks import Add, Branches, ChannelShuffle, First
 from espalier.train.layers import as_matrix, columns, damped, from_matrix
 
 DAMPING = 1e-5
@@ -32,10 +32,8 @@ class Pairs:
         return len(self.x)
 
     def split(self) -> tuple[Pairs, Pairs]:
-        """Those to fit on, and every fifth to judge on; all for both where there are fewer than ten."""
-        if len(self) < 10:
-            return self, self
-        held = torch.arange(len(self)) % 5 == 0
+        """Those to fit on, and every fifth to judge on; every second where there are fewer than ten."""
+        held = torch.arange(len(self)) % (5 if len(self) >= 10 else 2) == 0
         return Pairs(self.x[~held], self.y[~held]), Pairs(self.x[held], self.y[held])
 
 
@@ -66,10 +64,12 @@ def regress(
     """Fit ``block`` in place; returns its error before and after, both on samples held apart.
 
     Least squares (if asked for) first and last, ``steps`` of Adam on ``samples`` at a time between; what was best is
-    kept.
+    kept. One sample alone is judged on.
     """
     fit, held = pairs.split()
     first = best = error(block, held)
+    if not len(fit):
+        return first, best
     kept = copy.deepcopy(block.state_dict())
 
     def judge() -> None:
@@ -135,7 +135,7 @@ def renormalise(block: nn.Module, x: Tensor) -> None:
 
 
 def solve_last(block: nn.Module, pairs: Pairs, rng: torch.Generator) -> None:
-    """Set the last layer, or that of every branch at the end, by least squares on what reaches it."""
+    """Set the last layer, or that of every branch at the end, by least squares on what reaches it; no Conv3d."""
     mode = block.training
     block.eval()
     with torch.no_grad():
@@ -151,6 +151,10 @@ def _solve(module: nn.Module, x: Tensor, y: Tensor, rng: torch.Generator) -> Non
             count = child(part[:1]).shape[1]
             _solve(child, part, y[:, done : done + count], rng)
             done += count
+    elif isinstance(module, Add):
+        others = [child for child in module if not isinstance(child, nn.Identity)]
+        if len(others) == 1:
+            _solve(others[0], x, y - (len(module) - 1) * x, rng)
     elif isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)):
         _least_squares(module, x, y, rng)
     elif type(module) is nn.Sequential and len(module):
@@ -158,9 +162,16 @@ def _solve(module: nn.Module, x: Tensor, y: Tensor, rng: torch.Generator) -> Non
         if isinstance(last, ChannelShuffle):
             y = torch.channel_shuffle(y, y.shape[1] // last.groups)  # what it undoes
             *before, last = before
-        for child in before:
-            x = torch.cat([child(part) for part in torch.split(x, CHUNK)])
-        _solve(last, x, y, rng)
+        if isinstance(last, First):  # outputs that it cuts off may stay as they are
+            y = torch.cat([y, _through(before, x)[:, last.channels :]], 1)
+            *before, last = before
+        _solve(last, _through(before, x), y, rng)
+
+
+def _through(row: Sequence[nn.Module], x: Tensor) -> Tensor:
+    for child in row:
+        x = torch.cat([child(part) for part in torch.split(x, CHUNK)])
+    return x
 
 
 def _least_squares(layer: nn.Linear | nn.Conv1d | nn.Conv2d, x: Tensor, y: Tensor, rng: torch.Generator) -> None:

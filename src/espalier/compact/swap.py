@@ -122,12 +122,21 @@ class Swap(Training):
         block = model.get_submodule(path).to(device=weight.device)
         rng = context.generator(f"regression of {path}")
         pairs = Pairs(pairs.x.to(weight.device), pairs.y.to(weight.device))
+        if len(pairs) < 2:
+            context.note(f"{path}: one sample is too few to fit to; its block stays as it starts.")
+        if self.least_squares and len(layer.kernel) == 3:
+            context.note(f"{path}: least squares solve no Conv3d; only the steps of Adam fit its block.")
         self.block.start(block, layer, weight, bias, rng)
         settle(block, pairs.x[:SEEN])
         first, last = regress(
             block, pairs, least_squares=self.least_squares, steps=self.regression, lr=self.regression_lr,
             samples=self.samples, rng=rng, tell=partial(context.progress, f"regression of {path}"),
         )  # fmt: skip
+        if last >= 1 and not self.epochs:
+            context.warn(
+                f"{path}: {self.block.id} misses {last:.3g} times the variance of the outputs on samples that it was "
+                "not fitted on, more than their mean would; give more data or regression, or leave the layer out."
+            )
         return {
             "layer": path,
             "block": self.block.id,
@@ -144,7 +153,7 @@ def _obstacle(slot: Slot, known: Mapping[str, Slot]) -> str:
     if attribute != "weight" or plain is None or not isinstance(module, plain):
         return f"blocks stand for Linear, Conv1d, Conv2d and Conv3d; this is {attribute} of a {kind}"
     bias = known.get(f"{path}.bias")
-    if len(slot.owners) > 1 or (bias is None) != (module.bias is None):
+    if len(slot.owners) > 1 or (bias is None) != (module.bias is None) or (bias is not None and len(bias.owners) > 1):
         return "its parameters have other owners too"
     if not path:
         return "it is the whole model"

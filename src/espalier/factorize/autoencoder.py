@@ -152,7 +152,7 @@ def _batches(y: Tensor, context: Context, name: str) -> list[tuple[Tensor, Tenso
 
 @dataclass(frozen=True, kw_only=True)
 class Autoencoder(Factorization):
-    """``of``: the outputs on ``batches`` training batches, or the weight, without data.
+    """``of``: the outputs on ``batches`` training batches, or the weight, without data; so where they are too few.
 
     ``hidden="relu"`` is fitted in ``passes`` over ``samples`` outputs of each layer; a convolution with groups stays
     linear.
@@ -194,4 +194,11 @@ class Autoencoder(Factorization):
             return "what comes out of a table are its rows: factorize.svd splits it"
         if layer.name not in seen:
             return "nothing came out on the training batches: of='weight' splits it without data"
+        count, outputs = seen[layer.name].count, flat(layer).shape[1]
+        if count <= outputs:
+            context.note(
+                f"{layer.name}: {count} outputs do not show how {outputs} units vary together; its weight is coded, as "
+                "by of='weight'. Give more batches."
+            )
+            return Pair(layer, flat(layer), grow_macs=self.grow_macs)
         return Coded(layer, seen[layer.name], self)

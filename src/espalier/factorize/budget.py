@@ -72,7 +72,8 @@ def allot(layers: Sequence[Sequence[Point]], budget: float) -> list[int]:
 class Budget(RankChoice):
     """``keep``: share of the parameters (``of="macs"``: of the multiplications) that all chosen layers keep together.
 
-    ``error``: ``relative`` counts what each layer loses against its own norm, ``absolute`` as it is.
+    ``error``: ``relative`` counts what each layer loses against its own norm, ``absolute`` as it is: of the weight,
+    of the weight times the scales of its inputs, or of the outputs, whatever the method splits.
     """
 
     id: ClassVar[str] = "budget"
@@ -102,9 +103,11 @@ class Budget(RankChoice):
         points: list[Point] = [(getattr(split.layer.dense, self.of), 0.0, None)]
         if not worthwhile(split, context):
             return points
-        scale = float(split.layer.tensor.double().square().sum()) if self.error == "absolute" else 1.0
+        scale = float(split.unfoldings[0].values.double().square().sum()) if self.error == "absolute" else 1.0
         for step in path(split):
             cost = getattr(step.cost, self.of)
             if cost < points[-1][0] and split.gains(step.ranks):
                 points.append((cost, step.error * scale, step.ranks))
+        if len(points) == 1:
+            context.skip(split.name, "no rank lowers its multiplications")
         return points

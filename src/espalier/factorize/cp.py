@@ -29,6 +29,12 @@ from espalier.factorize.stages import Spec
 
 PROBE_SWEEPS = 10
 """Sweeps of the fits that a rank is chosen by."""
+RIDGE = 1e-9
+"""Share of a Gram matrix's largest diagonal entry by which factors are held where they were, so that they are found."""
+CLEAR, CLOSE = 1e-4, 1e-2
+"""float32 does while the squared diagonal of a Gram matrix's Cholesky factor spans less and the error is larger."""
+SETTLED = 1e-8
+"""A sweep that lowers the error by less is the last."""
 
 
 def cp(
@@ -36,35 +42,74 @@ def cp(
 ) -> list[Tensor]:
     """Factors (n_k, rank), one for each dimension of ``tensor``; each term spread evenly over them.
 
-    From several ``starts`` by chance, that which is best after a few sweeps goes on.
+    From several ``starts`` by chance, that which is best after a few sweeps goes on. ``penalty`` is that of a tensor
+    of norm 1.
     """
-    tries = [[torch.randn(n, rank, generator=generator).to(tensor) for n in tensor.shape] for _ in range(starts)]
+    norm = float(tensor.double().norm())
+    if not norm:
+        return [tensor.new_zeros(n, rank) for n in tensor.shape]
+    unit = tensor.detach() / norm
+    tries = [[torch.randn(n, rank, generator=generator).to(unit) for n in unit.shape] for _ in range(starts)]
     if starts > 1:
-        tries = [least_squares(tensor, factors, min(sweeps, PROBE_SWEEPS), penalty) for factors in tries]
-        tries.sort(key=lambda factors: float((composed(factors) - tensor).norm()))
-    factors = least_squares(tensor, tries[0], sweeps, penalty)
-    lengths = torch.stack([factor.norm(dim=0) for factor in factors]).clamp(min=torch.finfo(tensor.dtype).tiny)
-    size = lengths.prod(0) ** (1 / len(factors))
-    return [factor / length * size for factor, length in zip(factors, lengths, strict=True)]
+        tries = [least_squares(unit, factors, min(sweeps, PROBE_SWEEPS), penalty) for factors in tries]
+        tries.sort(key=lambda factors: float((composed(factors) - unit).norm()))
+    factors = [factor.double() for factor in least_squares(unit, tries[0], sweeps, penalty)]
+    lengths = torch.stack([factor.norm(dim=0) for factor in factors]).clamp(min=torch.finfo(torch.float32).tiny)
+    size = norm ** (1 / len(factors)) * lengths.log().mean(0).exp()
+    return [(factor / length * size).to(tensor.dtype) for factor, length in zip(factors, lengths, strict=True)]
 
 
 def least_squares(tensor: Tensor, factors: list[Tensor], sweeps: int, penalty: float) -> list[Tensor]:
-    """Alternating least squares from ``factors``, by tensorly."""
-    import tensorly  # type: ignore[import-untyped]
-    from tensorly.decomposition import parafac  # type: ignore[import-untyped]
+    """Alternating least squares from ``factors``, on a tensor of norm 1; every other sweep is tried to go further.
 
-    init = (torch.ones_like(factors[0][0]), factors)
-    with tensorly.backend_context("pytorch"):
-        weights, found = parafac(
-            tensor.detach(),
-            factors[0].shape[1],
-            init=init,
-            n_iter_max=sweeps,
-            tol=1e-8,
-            l2_reg=penalty,
-            linesearch=True,
-        )
-    return [found[0] * weights, *found[1:]]
+    Where float32 would not do, the rest is done, and returned, in float64.
+    """
+    factors, errors, square = [factor.to(tensor) for factor in factors], [1.0], float(tensor.double().square().sum())
+    for sweep in range(sweeps):
+        before = list(factors)
+        for mode in range(tensor.ndim):
+            gram = products(factors, mode)
+            held = RIDGE * gram.diagonal().max().clamp(min=torch.finfo(torch.float32).tiny)
+            root, _ = torch.linalg.cholesky_ex(gram + (penalty + held) * torch.eye(len(gram)).to(gram))
+            spread = root.diagonal().square()
+            if tensor.dtype != torch.float64 and (spread.min() < CLEAR * spread.max() or errors[-1] < CLOSE):
+                tensor, factors = tensor.double(), [factor.double() for factor in factors]
+            found = along(tensor, factors, mode)
+            solved = torch.cholesky_solve((found + held * factors[mode]).double().T, root).T
+            factors[mode] = solved.to(tensor.dtype)
+        if sweep > 5 and sweep % 2 == 0:
+            further = [old + (new - old) * sweep**0.5 for old, new in zip(before, factors, strict=True)]
+            error = missed(square, further, along(tensor, further, tensor.ndim - 1))
+            if error < errors[-1]:
+                factors = further
+                continue
+        errors.append(missed(square, factors, found))
+        if abs(errors[-2] - errors[-1]) < SETTLED:
+            break
+    return factors
+
+
+def products(factors: list[Tensor], mode: int | None = None) -> Tensor:
+    """(rank, rank) float64: the inner products of the terms, without the factors of ``mode``."""
+    wide = [factor.double() for number, factor in enumerate(factors) if number != mode]
+    return torch.stack([factor.T @ factor for factor in wide]).prod(0)
+
+
+def along(tensor: Tensor, factors: list[Tensor], mode: int) -> Tensor:
+    """(n_mode, rank): the sums of ``tensor`` with each term's factors of all modes but ``mode``, the longest first."""
+    others = [other for other in range(tensor.ndim) if other != mode]
+    longest = max(others, key=lambda other: tensor.shape[other])
+    found: Tensor = torch.tensordot(tensor, factors[longest], ([longest], [0]))
+    for other in reversed(others):
+        if other != longest:
+            found = (found.movedim(other - (other > longest), -2) * factors[other]).sum(-2)
+    return found
+
+
+def missed(square: float, factors: list[Tensor], found: Tensor) -> float:
+    """The error on a tensor of this ``square`` norm, ``found`` :func:`along` the last mode."""
+    error = square + products(factors).sum() - 2 * (found.double() * factors[-1].double()).sum()
+    return float(error.clamp(min=0).sqrt())
 
 
 def composed(factors: list[Tensor]) -> Tensor:
@@ -152,8 +197,8 @@ class Separable(Split):
 class CP(Factorization):
     """For convolutions. ``modes``: 3, or ``"all"`` with each axis of the kernel apart.
 
-    ``sweeps`` of least squares from the best of ``starts`` by chance; ``penalty`` on the squared factors keeps terms
-    from growing against each other.
+    ``sweeps`` of least squares from the best of ``starts`` by chance; ``penalty`` on the squared factors, for a weight
+    of norm 1, keeps terms from growing against each other.
     """
 
     id: ClassVar[str] = "cp"

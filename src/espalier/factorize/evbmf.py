@@ -36,9 +36,9 @@ NOISELESS = 1e-10
 
 
 def evbmf_rank(values: Floats, rows: int, columns: int) -> int:
-    """The rank of a ``rows`` x ``columns`` matrix whose singular values are ``values`` (min(rows, columns),)."""
+    """The rank of a ``rows`` x ``columns`` matrix by its singular ``values``; zeros past its smaller side are none."""
     L, M = min(rows, columns), max(rows, columns)
-    s2 = np.sort(values.astype(np.float64) ** 2)[::-1]
+    s2 = np.sort(values.astype(np.float64) ** 2)[::-1][:L]
     if not s2.any():
         return 0
     if s2[L // 2 :].sum() <= NOISELESS * s2.sum():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from espalier.core.context import Context
 from espalier.core.edits import Replace
 from espalier.core.model import copy_model, device_of, evaluating
-from espalier.core.parametrize import Slot, require_phase
+from espalier.core.parametrize import Slot, require_phase, slots
 from espalier.core.plan import Plan, applied
 from espalier.core.task import to_device
 from espalier.factorize.stages import CONVS, Conv, Cost, Spec, cost, linear, nominal_size, part_of
@@ -134,9 +134,9 @@ class Layer:
 
 
 def layers_of(
-    model: nn.Module, slots: Iterable[Slot], context: Context, *, who: str, densify: bool, weights: bool
+    model: nn.Module, selection: Iterable[Slot], context: Context, *, who: str, densify: bool, weights: bool
 ) -> list[Layer]:
-    """The layers of ``slots`` that can be split; all others are skipped by name.
+    """The layers of ``selection`` that can be split; all others are skipped by name.
 
     ``weights``: whether the method also splits a weight whose module must stay. Raises ``PhaseError`` for a weight that
     an earlier step has fixed, unless ``densify``.
@@ -144,12 +144,13 @@ def layers_of(
     found: list[Layer] = []
     sizes = input_sizes(model, context)
     parents = {id(child): module for module in model.modules() for child in module.children()}
-    for slot in slots:
+    tied = {id(owner[1]) for each in slots(model).values() if len(each.owners) > 1 for owner in each.owners}
+    for slot in selection:
         if reason := unsupported(slot):
             context.skip(slot.name, reason)
             continue
         require_phase(slot, ("dense",), who, densify=densify)
-        found.append(Layer(slot, obstacle(slot, parents), sizes.get(slot.path)))
+        found.append(Layer(slot, obstacle(slot, parents, tied), sizes.get(slot.path)))
     found = _read_by_others(model, found, context)
     for layer in found if not weights else ():
         if layer.obstacle:
@@ -169,13 +170,18 @@ def unsupported(slot: Slot) -> str:
     return ""
 
 
-def obstacle(slot: Slot, parents: dict[int, nn.Module]) -> str:
-    """Why no plain layers can take the place of the module; empty where they can."""
+def obstacle(slot: Slot, parents: dict[int, nn.Module], tied: Container[int]) -> str:
+    """Why no plain layers can take the place of the module; empty where they can.
+
+    ``parents``: of modules, by id. ``tied``: ids of modules with a parameter that has other owners too.
+    """
     (path, module, attribute), *others = slot.owners
     if not path:
         return "it is the whole model"
     if others:
         return f"it is used in {1 + len(others)} places ({', '.join(slot.names)})"
+    if id(module) in tied:
+        return "its bias has other owners too"
     if type(module) not in (nn.Linear, nn.Embedding, *CONVS) or attribute != "weight":
         return f"a {type(module).__name__} reads its weights itself"
     if isinstance(parents.get(id(module)), nn.TransformerEncoderLayer):

@@ -98,7 +98,7 @@ class LowRankTraining(Factorization):
         """The layers, trained to low rank."""
         layers = super().prepare(model, context)
         trainable = [layer for layer in layers if layer.slot.latent.requires_grad]
-        self.train(model, context, callbacks=(TowardsLowRank(self, trainable),))
+        self.train(model, context, callbacks=(TowardsLowRank(self, trainable),), settled=max(0, self.epochs - 1))
         return layers
 
     def tune(self, model: nn.Module, context: Context, number: int) -> None:

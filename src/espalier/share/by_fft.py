@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -16,7 +18,10 @@ from espalier.core.structures.stored import Structured
 
 
 class CirculantLinear(nn.Module):
-    """``F^-1(F c * F(d * x))`` summed over the blocks of a row, plus the bias. Inputs: (..., in)."""
+    """``F^-1(F c * F(d * x))`` summed over the blocks of a row, plus the bias. Inputs: (..., in), of any float type.
+
+    The product is computed in float32 at least.
+    """
 
     spectrum: Tensor
 
@@ -25,32 +30,43 @@ class CirculantLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = structure.shape
         self.block, self.bias = structure.block, bias
+        if columns.dtype != torch.float64:
+            columns = columns.float()
         spectrum = torch.fft.rfft(columns[:, :, 0]).permute(2, 1, 0).contiguous()  # (frequency, across, down)
         self.register_buffer("spectrum", spectrum)
         flips = None if structure.signs is None else torch.from_numpy(structure.signs[:, 0]).to(columns)
         self.register_buffer("signs", flips)
 
     def forward(self, x: Tensor) -> Tensor:
-        flat = x.reshape(-1, self.in_features)
+        flat = x.reshape(-1, self.in_features).to(self.spectrum.real.dtype)
         if isinstance(self.signs, Tensor):
             flat = flat * self.signs
         padded = F.pad(flat, (0, self.spectrum.shape[1] * self.block - self.in_features))
         parts = torch.fft.rfft(padded.reshape(len(flat), -1, self.block)).permute(2, 0, 1)  # (frequency, batch, across)
         rows = torch.fft.irfft((parts @ self.spectrum).permute(1, 2, 0), self.block)
-        answer: Tensor = rows.reshape(len(flat), -1)[:, : self.out_features].reshape(*x.shape[:-1], self.out_features)
+        answer: Tensor = rows.reshape(len(flat), -1)[:, : self.out_features].to(x.dtype)
+        answer = answer.reshape(*x.shape[:-1], self.out_features)
         return answer if self.bias is None else answer + self.bias
 
 
 def by_fft(model: nn.Module) -> nn.Module:
     """A copy of ``model`` whose ``nn.Linear`` layers with circulant weights multiply by FFT; equal up to rounding.
 
-    It is for running in torch: files and checkpoints are made of ``model`` itself. Raises ``ModelError`` where there
-    is no such layer.
+    Layers whose owner reads their weights itself stay: those of attention, and of ``nn.TransformerEncoderLayer``. It is
+    for running in torch: files and checkpoints are made of ``model`` itself. Raises ``ModelError`` where there is no
+    layer to change.
     """
     model = copy_model(model)
-    found = [(slot, stored) for slot in slots(model).values() if (stored := _circulant(slot)) is not None]
+    read = {
+        id(child) for owner in model.modules() if isinstance(owner, nn.MultiheadAttention | nn.TransformerEncoderLayer)
+        for child in owner.children()
+    }  # fmt: skip
+    found = [(slot, stored) for slot in slots(model).values() if (stored := _circulant(slot, read)) is not None]
     if not found:
-        raise ModelError("no nn.Linear of this model has a circulant weight; share.circulant makes them.")
+        raise ModelError(
+            "no nn.Linear of this model, outside of attention and TransformerEncoderLayer, has a circulant weight; "
+            "share.circulant makes them."
+        )
     for slot, stored in found:
         columns = torch.from_numpy(stored.parts["columns"].dense()).to(slot.latent)
         assert isinstance(stored.structure, Circulant)  # noqa: S101 - see _circulant
@@ -61,8 +77,11 @@ def by_fft(model: nn.Module) -> nn.Module:
     return model
 
 
-def _circulant(slot: Slot) -> Structured | None:
-    plain = all(isinstance(module, nn.Linear) and path for path, module, _ in slot.owners)
+def _circulant(slot: Slot, read: Container[int]) -> Structured | None:
+    plain = all(
+        type(module).__name__.removeprefix("Parametrized") == "Linear" and path and id(module) not in read
+        for path, module, _ in slot.owners
+    )
     if not plain or not isinstance(slot.form, Form):
         return None
     stored = slot.form.freeze(slot.latent)

@@ -6,7 +6,8 @@ Formula  W[i, j] = c[(i - j) mod b] d[j] in each block, d = +-1 at random;   nea
          (i - j) mod b = k;   W x = F^-1 (F c * F (d * x))
 Departs  Starts from a trained layer; both papers train from scratch. Training computes the weight and multiplies by
          it; ``share.by_fft`` gives the model that multiplies by FFT. The smallest block that keeps few enough numbers
-         is taken; Cheng's is the whole layer (``block`` as large as its larger side).
+         is taken; Cheng's is the whole layer (``block`` as large as its larger side). No signs are flipped unless asked
+         for; Cheng et al. always flip.
 """
 
 from __future__ import annotations

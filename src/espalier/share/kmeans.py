@@ -23,6 +23,7 @@ from espalier.core.fields import Bits, Count, Epochs
 from espalier.core.forms import Shared
 from espalier.core.parametrize import Slot, attach, require_phase
 from espalier.core.selection import by_pattern, select
+from espalier.share.sharing import obstacle
 from espalier.train import Training
 
 
@@ -71,7 +72,8 @@ def assign(weight: Tensor, centroids: Floats, *, zero: bool) -> Tensor:
 class KMeans(Training):
     """Share the weights of ``layers``; with ``epochs`` the shared values are fine-tuned.
 
-    ``bits``: one number, or pattern -> number. ``group``: one codebook per layer, per layer type, or for all.
+    ``bits``: one number, or pattern -> number. ``group``: one codebook per layer, per layer type, or for all; weights
+    of different dtype or device, and frozen and trained ones, have none in common.
     ``keep_zero``: exact zeros stay exact zeros. ``algorithm``: ``lloyd`` from ``init``, or ``exact``, on at most
     ``bins`` histogram bins where there are more distinct values.
     """
@@ -90,26 +92,32 @@ class KMeans(Training):
     def transform(self, model: nn.Module, context: Context) -> nn.Module:
         """Cluster, attach the codebooks, fine-tune."""
         details: dict[str, Any] = {}
-        for name, members, bits in self._groups(model):
+        for name, members, bits in self._groups(model, context):
             details[name] = self._share(members, bits, context)
         context.record.details["codebooks"] = details
         if self.epochs:
             self.train(model, context)
         return model
 
-    def _groups(self, model: nn.Module) -> Iterator[tuple[str, list[Slot], int]]:
+    def _groups(self, model: nn.Module, context: Context) -> Iterator[tuple[str, list[Slot], int]]:
         selection = select(model, self.layers, who=self.name)
         table = self.bits if isinstance(self.bits, dict) else {}
         default = self.bits if isinstance(self.bits, int) else 5
         bits = by_pattern(model, selection, table, default, who=self.name)
-        groups: dict[tuple[str, int], list[Slot]] = {}
+        groups: dict[Any, list[Slot]] = {}
         for slot in selection:
+            if reason := obstacle(slot, keeps_zero_rows=self.keep_zero):
+                context.skip(slot.name, reason)
+                continue
             require_phase(slot, ("dense", "mask"), self.name, densify=self.densify)
             kind = type(slot.module).__name__.removeprefix("Parametrized")
             label = {"layer": slot.name, "type": kind, "all": "all"}[self.group]
-            groups.setdefault((label, bits[slot.name]), []).append(slot)
-        for (label, width), members in groups.items():
-            yield label, members, width
+            latent = slot.latent
+            settled = latent.dtype, latent.device, latent.requires_grad
+            groups.setdefault((label, bits[slot.name], settled), []).append(slot)
+        labels = [label for label, _, _ in groups]
+        for (label, width, _), members in groups.items():
+            yield label if labels.count(label) == 1 else f"{label} with {members[0].name}", members, width
 
     def _share(self, members: list[Slot], bits: int, context: Context) -> dict[str, Any]:
         flat = torch.cat([slot.value().reshape(-1).cpu() for slot in members])

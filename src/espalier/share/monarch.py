@@ -33,6 +33,7 @@ class Monarch(Sharing):
     """
 
     id: ClassVar[str] = "monarch"
+    keeps_zero_rows: ClassVar[bool] = True
     blocks: Channels | None = None
     rank: Rank = 1
 

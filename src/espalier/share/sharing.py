@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,8 @@ class Sharing(Training):
     one, which are small and lose most. Weights of recurrent layers, attention and embeddings are matrices like others.
     """
 
+    keeps_zero_rows: ClassVar[bool] = False
+    """Whether a row of zeros stays one, as padding must."""
     epochs: Epochs = 0
     keep: Fraction = 0.25
     layers: tuple[str, ...] = ("*",)
@@ -56,7 +58,7 @@ class Sharing(Training):
         return model
 
     def _share(self, slot: Slot, context: Context) -> None:
-        structure = self.structure(slot, context)
+        structure = obstacle(slot, self.keeps_zero_rows) or self.structure(slot, context)
         if isinstance(structure, str):
             context.skip(slot.name, structure)
             return
@@ -74,16 +76,10 @@ class Sharing(Training):
         }  # fmt: skip
 
     def largest(self, made: Callable[[int], S], highest: int, slot: Slot, context: Context) -> S:
-        """``made(n)`` for the largest n up to ``highest`` that keeps so few numbers; ``made(1)`` where none does.
-
-        The numbers grow with n.
-        """
+        """``made(n)`` for the largest n up to ``highest`` that keeps so few numbers; ``made(1)`` where none does."""
         allowed = self.keep * slot.latent.numel()
-        low, high = 1, max(1, highest)
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if made(middle).count <= allowed else (low, middle - 1)
-        found = made(low)
+        rules = map(made, range(highest, 0, -1))
+        found = next((rule for rule in rules if rule.count <= allowed), None) or made(1)
         self.tell(slot, found, context)
         return found
 
@@ -95,6 +91,18 @@ class Sharing(Training):
                 f"{slot.name}: the smallest {structure.kind} weight keeps {structure.count} numbers of {weights}, more "
                 f"than the share of {self.keep:.4g}."
             )
+
+
+def obstacle(slot: Slot, keeps_zero_rows: bool) -> str:
+    """Why a weight cannot be made from fewer numbers; empty where it can."""
+    for _, module, _ in slot.owners:
+        if not isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            continue
+        if module.max_norm:
+            return "its table has max_norm, which changes it in place"
+        if module.padding_idx is not None and not keeps_zero_rows:
+            return f"its row {module.padding_idx} is padding, which would not stay as it is"
+    return ""
 
 
 def finite(slot: Slot, who: str) -> Tensor:
