@@ -198,6 +198,17 @@ def test_a_later_training_is_plain(every: int | None) -> None:
     assert len(slot.value().unique()) <= 3
 
 
+def test_a_later_step_leaves_what_training_has_made_of_the_codes() -> None:
+    context = Context(task=digits())
+    model = quantized(trained(), Admm(), 2, epochs=1, lr=1e-2, layers=("4",))
+    at_once = latent_of(model, "4.weight")[0].value()
+    model = Finetune(epochs=2, lr=1e-2).transform(model, context)
+    learned = latent_of(model, "4.weight")[0].value()
+    assert bits(learned) != bits(at_once)
+    model = Quantize(layers=("0",), ends="same").transform(model, context)
+    assert bits(latent_of(model, "4.weight")[0].value()) == bits(learned)
+
+
 @pytest.mark.parametrize("every", [None, 5])
 def test_resume_goes_on_bit_for_bit(every: int | None) -> None:
     check_resumes(Admm(every=every), 3)

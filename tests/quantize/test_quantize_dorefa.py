@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from espalier.core.context import Context
 from espalier.core.errors import UsageError
 from espalier.core.forms import Mask
-from espalier.core.inputs import Observed, QuantizedInput
+from espalier.core.inputs import Observed, QuantizedInput, quantized_inputs
 from espalier.core.quantized import QuantizedWeight
 from espalier.core.representation import Codebook
 from espalier.quantize import Quantize
@@ -105,3 +106,14 @@ def test_inputs_with_a_sign_lie_around_zero(bits):
 def test_bits_out_of_range_are_refused():
     with pytest.raises(UsageError, match="bits"):
         Quantize(weights=DoReFa(), bits=17)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_ends_have_a_range_of_their_own(bits, task):
+    def found(ends):
+        net = nn.Sequential(nn.Flatten(), *(nn.Linear(64, 64) for _ in range(3)))
+        step = Quantize(activations=DoReFaInput(), activation_bits=bits, ends=ends)
+        return {path: (q.method.id, q.bits) for path, q in quantized_inputs(step(net, Context(task=task))).items()}
+
+    assert found(8) == {"1": ("affine-input", 8), "2": ("dorefa-input", bits), "3": ("affine-input", 8)}
+    assert set(found("same").values()) == {("dorefa-input", bits)}

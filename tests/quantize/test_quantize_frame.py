@@ -12,7 +12,7 @@ from torch import nn
 
 from espalier.api import fill_registry
 from espalier.core.context import Context
-from espalier.core.errors import Corrupt, NumericError, PhaseError, UsageError
+from espalier.core.errors import Corrupt, NumericError, PhaseError, UnknownNameError, UsageError
 from espalier.core.forms import Mask, Shared
 from espalier.core.inputs import FloatInput, QuantizeInput, quantized_input, quantized_inputs
 from espalier.core.parametrize import freeze, plain, slots
@@ -23,7 +23,7 @@ from espalier.core.representation import Affine as StoredAffine
 from espalier.core.task import classification
 from espalier.graph import trace
 from espalier.prune import Channels, Prune
-from espalier.quantize import Affine, AffineInput, Quantize
+from espalier.quantize import LSQ, Affine, AffineInput, LSQInput, Quantize, places
 from espalier.runs.checkpoint import load_model, save_model
 from espalier.share import KMeans
 from espalier.testing.compare import bits, frozen_copy, outputs
@@ -108,6 +108,34 @@ def test_bits_by_layer(task):
     assert widths == {"0.weight": 8, "4.weight": 5, "6.weight": 6}
 
 
+def test_bits_of_inputs_by_layer_are_patterns_like_those_of_weights(task):
+    def found(table):
+        step = Quantize(activations=AffineInput(), activation_bits=table, ends="same")
+        return {path: q.bits for path, q in quantized_inputs(step(network(), Context(task=task))).items()}
+
+    assert found({"#-1": 5, "#0": 6}) == {"0": 6, "4": 8, "6": 5}
+    assert found({"type:Linear": 4, "6": 3}) == {"0": 8, "4": 4, "6": 3}
+    with pytest.raises(UnknownNameError, match="no weight answers to 'head'"):
+        found({"head": 4})
+
+
+class Language(nn.Module):
+    def __init__(self, tied: bool) -> None:
+        super().__init__()
+        self.embed, self.rnn = nn.Embedding(20, 16), nn.LSTM(16, 16, 2, batch_first=True, bidirectional=True)
+        self.hidden, self.out = nn.Linear(32, 16), nn.Linear(16, 20, bias=False)
+        if tied:
+            self.out.weight = self.embed.weight
+
+
+def test_the_ends_are_whole_layers_whoever_shares_their_weights():
+    first = {f"rnn.weight_{part}_l0{side}" for part in ("ih", "hh") for side in ("", "_reverse")}
+    assert places.ends(Language(tied=False)) == first | {"out.weight"}
+    assert places.ends(Language(tied=True)) == first | {"embed.weight"}
+    assert places.ends(network()) == {"0.weight", "6.weight"}
+    assert places.ends(nn.Embedding(4, 3)) == set()
+
+
 def test_inputs_are_on_their_grid_and_survive_everything(task, tmp_path):
     context = Context(task=task)
     original = network()
@@ -186,11 +214,24 @@ def test_what_is_on_a_grid_is_left_alone_unless_asked(task):
     assert form_of(again, "4.weight").bits == 2
 
 
+@pytest.mark.parametrize("densify", [False, True])
+def test_a_step_without_weights_leaves_codes_alone(densify, task):
+    context = Context(task=task)
+    coded = Quantize(weights=LSQ(), bits=3, ends="same")(network(), context)
+    inputs = Quantize(weights=None, activations=LSQInput(), activation_bits=4, densify=densify)(coded, context)
+    assert len(quantized_inputs(inputs)) == 3
+    for result in (inputs, Quantize(weights=None, gradients=_gradient(), epochs=1, densify=densify)(coded, context)):
+        for name in ("0.weight", "4.weight", "6.weight"):
+            assert form_of(result, name).bits == 3
+
+
 def test_refusals(task):
     with pytest.raises(UsageError, match=r"nothing is to be quantized"):
         Quantize(weights=None)
     with pytest.raises(UsageError, match=r"schemes|epochs"):
         Quantize(epochs=0, gradients=_gradient())
+    with pytest.raises(UsageError, match=r"reestimate needs epochs; without any add the step train\.batch-norm"):
+        Quantize(reestimate=True)
     broken = network()
     with torch.no_grad():
         broken[4].weight[0, 0] = torch.nan

@@ -27,7 +27,7 @@ from espalier.core.quantized import Weight
 from espalier.quantize.inq import PORTIONS, Inq, Partition, chosen_next, portion, power_levels, to_powers
 from espalier.quantize.quantize import Quantize
 from espalier.testing.compare import bits
-from espalier.train import SGD, Constant
+from espalier.train import SGD, Constant, Cosine
 
 
 def test_the_papers_level_sets() -> None:
@@ -74,6 +74,16 @@ def test_the_first_portion(how: Partition, expected: list[int]) -> None:
 def test_portions_share_the_epochs() -> None:
     assert [portion(e, 8, PORTIONS[5]) for e in range(8)] == [0.5, 0.5, 0.75, 0.75, 0.875, 0.875, 1, 1]
     assert [portion(e, 2, PORTIONS[5]) for e in range(2)] == [0.5, 0.875]
+
+
+@pytest.mark.parametrize("epochs", [2, 6, 10, 15])
+@pytest.mark.parametrize("width", [2, 5])
+def test_the_learning_rate_starts_anew_with_each_portion(width: int, epochs: int) -> None:
+    model = quantized(trained(), Inq(), width)
+    schedule = Quantize(weights=Inq(), bits=width, lr_schedule=Cosine())._paced(model, epochs).lr_schedule
+    shares = [portion(epoch, epochs, PORTIONS[width]) for epoch in range(epochs)]
+    changes = [epoch for epoch in range(1, epochs) if shares[epoch] != shares[epoch - 1]]
+    assert [step / 7 for step in range(1, 7 * epochs) if schedule.factor(step, 7 * epochs) == 1] == changes
 
 
 class Watched(Inq):

@@ -10,6 +10,7 @@ from tests.quantize.incremental_digits import (
     accuracy,
     check_common,
     check_resumes,
+    digits,
     latent_of,
     quantized,
     trained,
@@ -19,9 +20,12 @@ from torch import Tensor, nn
 
 from espalier.core.context import Context
 from espalier.core.errors import UsageError
+from espalier.core.inputs import QuantizeInput, quantized_inputs
 from espalier.core.parametrize import slots
+from espalier.core.plan import Plan
 from espalier.core.quantized import QuantizedWeight
 from espalier.core.task import Task
+from espalier.quantize import QATInput, TernaryBernoulli, WeightQuantizer, XNORInput
 from espalier.quantize.lr_net import LrNet, likeliest, logits, moments, probabilities, spread_of
 from espalier.quantize.quantize import Quantize, put
 from espalier.testing.compare import bits
@@ -210,3 +214,19 @@ def test_common(width: int) -> None:
 def test_more_bits_are_refused() -> None:
     with pytest.raises(UsageError, match="lr-net can do 1, 2"):
         Quantize(weights=LrNet(), bits=4)
+
+
+@pytest.mark.parametrize("method", [LrNet(), TernaryBernoulli(backward="power-of-two")])
+def test_the_range_of_an_input_follows_each_batch_once(method: WeightQuantizer) -> None:
+    result = quantized(trained(), method, 2, epochs=1, activations=QATInput(), activation_bits=8)
+    batches = len(list(digits().data("train")))
+    assert {int(q.state["batches"]) for q in quantized_inputs(result).values()} == {batches}
+
+
+def test_outputs_that_are_scaled_afterwards_are_refused() -> None:
+    with pytest.raises(UsageError, match="without the scale that xnor-input gives them; take binary-input"):
+        Quantize(weights=LrNet(), bits=2, activations=XNORInput())
+    context, net = Context(task=digits()), nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    model = Plan((QuantizeInput.of("1", XNORInput(), 1, signed=True),)).apply(net)
+    Quantize(weights=LrNet(), bits=2, ends="same").transform(model, context)
+    assert "xnor-input" in context.record.skipped[0]["reason"]

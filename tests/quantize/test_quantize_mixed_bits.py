@@ -16,7 +16,7 @@ from espalier.core.context import Context
 from espalier.core.errors import EspalierWarning, NeedError, UsageError
 from espalier.core.inputs import quantized_inputs
 from espalier.core.model import copy_model
-from espalier.core.parametrize import bake, slots
+from espalier.core.parametrize import bake, freeze, slots
 from espalier.core.recipe import Recipe
 from espalier.core.record import Record
 from espalier.core.task import Task, classification
@@ -27,6 +27,7 @@ from espalier.quantize.hutchinson import mean_traces
 from espalier.quantize.input_trials import input_sensitivities, input_trials
 from espalier.quantize.mixed_bits import MixedBits
 from espalier.quantize.places import chosen
+from espalier.quantize.trials import coded_bytes
 from espalier.share import KMeans
 from espalier.train import Finetune
 
@@ -205,6 +206,29 @@ def test_bytes_and_bit_operations(trained, task):
     used = sum(macs[name] * bits * 4 for name, bits in widths.items())
     assert used == details["mixed bits"]["used"] <= 3e5
     assert set(widths.values()) != {2}
+
+
+def test_bytes_are_measured_after_the_step(trained, task):
+    step = Quantize(weights=LSQ(), ends="same", epochs=3, lr=3e-2)
+    method = MixedBits(measure="bytes", budget=3000, step=step)
+    with pytest.warns(EspalierWarning, match=r"bytes after the step, above the budget of 3000; .* were predicted"):
+        result, record = recorded(method, trained, task)
+    found = record.details["mixed bits"]
+    stored = freeze(result)[0]
+    assert found["measured"]["bytes"] == sum(coded_bytes(stored[name]) for name in widths_of(result))
+    assert found["measured"]["bytes"] > 3000 >= found["used"]
+    _, details = run(method.replace(step=Quantize(ends="same")), trained, task)
+    assert details["mixed bits"]["measured"]["bytes"] == details["mixed bits"]["used"]
+
+
+def test_bit_operations_of_inputs_that_are_refused_count_in_fp32(trained, task):
+    step = Quantize(activations=BinaryInput(), ends="same")
+    result, details = run(MixedBits(measure="bops", budget=4e6, step=step), trained, task)
+    macs = {"0.weight": 72 * 36, "3.weight": 1152 * 16, "6.weight": 8192, "8.weight": 320}
+    assert list(quantized_inputs(result)) == ["0"]  # what a ReLU leaves is never negative
+    bits = {"0.weight": 1, "3.weight": 32, "6.weight": 32, "8.weight": 32}
+    used = sum(macs[name] * width * bits[name] for name, width in widths_of(result).items())
+    assert details["mixed bits"]["used"] == used
 
 
 def test_more_budget_costs_less(trained, task):

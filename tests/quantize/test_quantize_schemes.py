@@ -23,7 +23,7 @@ from espalier.quantize.progressive import Progressive
 from espalier.quantize.two_stage import TwoStage
 from espalier.runs.checkpoint import EpochFile
 from espalier.testing.compare import bits
-from espalier.train import SGD, Finetune
+from espalier.train import SGD, Finetune, Mixup
 
 
 def network() -> nn.Module:
@@ -103,6 +103,8 @@ def test_refusals(task):
         Progressive(bits=(2, 4))
     with pytest.raises(UsageError, match=r"the schemes make 2 stages; give as many epochs"):
         Quantize(schemes=(Progressive(),), epochs=1)
+    with pytest.raises(UsageError, match=r"guided gives every image one label, and mixup blends two"):
+        Quantize(schemes=(Guided(),), epochs=2, augment=(Mixup(),))
     with pytest.raises(UnknownNameError, match=r"no layer is called '5'"):
         Quantize(epochs=1, schemes=(Guided(layers=("5",)),))(network(), Context(task=task))
 

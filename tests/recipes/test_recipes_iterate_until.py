@@ -15,6 +15,7 @@ from torch import nn
 import espalier as es
 from espalier.core.context import Context
 from espalier.core.errors import EspalierWarning, NoEffectWarning, UsageError
+from espalier.core.method import Technique
 from espalier.core.recipe import Recipe
 from espalier.core.record import Record
 from espalier.core.task import Task, classification
@@ -69,17 +70,38 @@ def run(method: IterateUntil) -> tuple[nn.Module, dict[str, Any], list[warnings.
 
 
 def test_each_time_goes_deeper() -> None:
-    steps = [deepened(PRUNE, times, 4) for times in (1, 2, 3)]
+    steps = [deepened(PRUNE, times, 4, trained()) for times in (1, 2, 3)]
     assert [step.sparsity for step in steps if isinstance(step, Prune)] == pytest.approx([0.4, 0.64, 0.784])
-    assert deepened(SHARE, 2, 4) is SHARE
+    assert deepened(SHARE, 2, 4, trained()) is SHARE
     units = Prune(pattern=Channels(), sparsity=0.2)  # a share of what is there now: deeper by itself
-    assert deepened(units, 2, 4) is units
-    strong = deepened(DeepCompression(strength=0.8), 2, 4)
+    assert deepened(units, 2, 4, trained()) is units
+    strong = deepened(DeepCompression(strength=0.8), 2, 4, trained())
     assert isinstance(strong, DeepCompression)
     assert strong.strength == pytest.approx(0.4)
-    both = deepened(Recipe(steps=(PRUNE, SHARE)), 2, 4)
+    both = deepened(Recipe(steps=(PRUNE, SHARE)), 2, 4, trained())
     assert isinstance(both, Recipe)
-    assert both.steps == (deepened(PRUNE, 2, 4), SHARE)
+    assert both.steps == (deepened(PRUNE, 2, 4, trained()), SHARE)
+
+
+def test_pruning_takes_its_share_of_what_is_left() -> None:
+    pruned = Prune(sparsity=0.7, scope=Global())(trained(), Context(task=digits()))
+    step = deepened(PRUNE, 2, 4, pruned)
+    assert isinstance(step, Prune)
+    assert step.sparsity == pytest.approx(1 - 0.3 * 0.36, abs=0.01)
+    elsewhere = PRUNE.replace(layers=("later",))  # made by a step before it
+    assert deepened(elsewhere, 1, 4, pruned) == elsewhere
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        DeepCompression(strength=1.0, prune=PRUNE, share=SHARE, finetune=Finetune(epochs=1)),
+        Recipe(steps=(PRUNE, SHARE)),
+    ],
+)
+def test_a_recipe_gets_stronger_from_where_it_began(step: Technique) -> None:
+    _, details, _ = run(IterateUntil(steps=(step,), size=None, max_drop=100.0, rounds=3))
+    assert [row["kept"] for row in details["tries"]] == [True] * 3
 
 
 def test_goes_on_until_the_file_is_small_enough_and_no_further() -> None:

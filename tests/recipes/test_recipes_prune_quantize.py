@@ -123,6 +123,8 @@ def test_strength_sets_sparsity_and_bits() -> None:
         ({"quantize": Quantize(epochs=2)}, "quantize.epochs trains after the masks"),
         ({"quantize": Quantize(weights=Inq(), bits=4)}, "inq goes its own way"),
         ({"quantize": Quantize(weights=LrNet(), bits=2)}, "lr-net goes its own way"),
+        ({"sparsity": 0.99}, "strength sets sparsity: leave it out, or set strength to null"),
+        ({"quantize": Quantize(weights=LSQ(), bits=8)}, "strength sets quantize.bits"),
     ],
 )
 def test_what_does_not_go_together_is_refused(fields: dict[str, Any], words: str) -> None:
@@ -202,5 +204,7 @@ def test_without_a_student_the_model_is_its_own() -> None:
 def test_the_models_it_names_are_needed() -> None:
     assert PruneQuantizeDistill(student="small").needs >= {"train", "model:small", "model:original"}
     assert "model:compressed" not in PruneQuantizeDistill(teacher="compressed").needs
+    with pytest.raises(UsageError, match=r"compress: .*strength sets sparsity"):
+        PruneQuantizeDistill(compress=joint(sparsity=0.6))
     with pytest.raises(UsageError, match="set by the recipe"):
         PruneQuantizeDistill(distill=Distill(student="small"))

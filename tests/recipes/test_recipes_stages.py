@@ -102,11 +102,20 @@ def test_strength_is_the_share_of_zeros_and_the_file_is_the_smaller_for_it() -> 
     assert file_length(strong, Context(), ("adaptive",)) < 0.7 * file_length(weak, Context(), ("adaptive",))
 
 
+def test_strength_leaves_the_other_fields_of_ttq_alone() -> None:
+    result = ternary(weights=TTQ(init="one"))(trained(), Context(task=digits()))
+    form = slots(result)["3.weight"].form
+    assert isinstance(form, QuantizedWeight)
+    assert form.method == TTQ(init="one", threshold="sparsity", sparsity=0.625)
+
+
 def test_other_ternary_weights_go_without_a_strength() -> None:
     result = ternary(weights=TWN(), strength=None)(trained(), Context(task=digits()))
     assert effective(result)["3.weight"].unique().numel() == 3
     with pytest.raises(UsageError, match="with weights=twn set strength to null"):
         ternary(weights=TWN())
+    with pytest.raises(UsageError, match="threshold=learned of ttq learns; set strength to null"):
+        ternary(weights=TTQ(threshold="learned"))
     with pytest.raises(UsageError, match="no three values"):
         TernaryNetwork(quantize=Quantize(weights=BWN(), bits=1))
 

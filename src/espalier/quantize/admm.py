@@ -166,5 +166,7 @@ class Admm(WeightQuantizer):
             self.update(w)
 
     def finish(self, w: Weight, context: Context) -> None:
+        if bool(w.state["done"]):  # by an earlier step
+            return
         w.latent.copy_(self.copy(w))
         w.state["done"].fill_(True)

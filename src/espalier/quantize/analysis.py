@@ -27,7 +27,6 @@ from espalier.core.recipe import step_to_data
 from espalier.core.record import Record
 from espalier.core.task import Split
 from espalier.quantize.parts import Stage
-from espalier.quantize.places import chosen
 from espalier.quantize.quantize import Quantize
 from espalier.quantize.trials import Trial, exchanged, tried
 
@@ -48,7 +47,7 @@ class Switches:
         self.context = replace(context, record=Record(context.path, step.name))  # what is left alone is told elsewhere
         twin = copy_model(model)
         with self.context.forked("sensitivity"):
-            places = chosen(twin, step.layers, step.bits, self.context, step.name, densify=step.densify)
+            places = step.places(twin, self.context, step.name)
             observed = step.observed(twin, places, self.context)
             self.model = step._inputs(twin, observed, places, Stage("sensitivity"), self.context)
             self.switches: dict[str, Switch] = {}
@@ -85,7 +84,7 @@ def analyse(
     (``on``) and with all but it (``off``). ``store``: where finished layers are kept after each; a second call goes on
     where the first was stopped, if model and step are the same. ``model`` stays as it is.
     """
-    context.check(step.replace(epochs=0, gradients=None, errors=None, schemes=()))
+    context.check(step.replace(epochs=0, gradients=None, errors=None, schemes=(), reestimate=False))
     switches, metric = Switches(model, step, context), context.data.scorer()
     names = list(switches.switches)
     full, everything = (switches.measure(some, split) for some in ((), names))

@@ -5,7 +5,8 @@ Paper    Zhou, Wu, Ni, Zhou, Wen, Zou. DoReFa-Net: Training Low Bitwidth Convolu
 Formula  q_k(r) = round((2^k - 1) r) / (2^k - 1);   weights: 2 q_k(tanh w / (2 max|tanh w|) + 1/2) - 1;
          k = 1: sign(w) E|w| over the tensor, sign(0) = 1;   inputs: q_k(clip(x, 0, 1));   q_k and sign pass gradients
 Departs  Inputs with a sign, which the paper does not have, are clipped to [-1, 1] and rounded to 2^k - 1 values around
-         zero; with one bit they are taken as inputs without a sign.
+         zero; with one bit they are taken as inputs without a sign. Inputs of the first and the last layer, which the
+         paper leaves as they are, go to the grid of affine-input unless ends=same.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class DoReFa(WeightQuantizer):
 
 @dataclass(frozen=True, kw_only=True)
 class DoReFaInput(ActivationQuantizer):
-    """The range is fixed: inputs beyond 1 are clipped."""
+    """The range is fixed: inputs beyond 1 are clipped, those of first and last layer only with ``ends=same``."""
 
     id: ClassVar[str] = "dorefa-input"
 

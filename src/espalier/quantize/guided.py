@@ -23,13 +23,14 @@ from torch import Tensor, nn
 
 from espalier.core.callback import Callback, Loop
 from espalier.core.context import Context
-from espalier.core.errors import ModelError, UnknownNameError, did_you_mean
+from espalier.core.errors import ModelError, UnknownNameError, UsageError, did_you_mean
 from espalier.core.fields import LearningRate, Penalty
 from espalier.core.metric import first_tensor
 from espalier.core.model import copy_model, device_of, evaluating
 from espalier.quantize.parts import Scheme, Stage
 from espalier.quantize.places import LAYERS
 from espalier.train import SGD, Optimizer
+from espalier.train.augmentation import Mixing
 from espalier.train.looking import batches, looking
 
 if TYPE_CHECKING:
@@ -110,7 +111,10 @@ class Guided(Scheme):
     lr: LearningRate = 1e-3
 
     def stages(self, before: Sequence[Stage], method: Quantize) -> tuple[Stage, ...]:
-        """The same stages, all of them guided."""
+        """The same stages, all of them guided. Raises ``UsageError`` where images are blended."""
+        mixing = [part.id for part in method.augment if isinstance(part, Mixing)]
+        if mixing:
+            raise UsageError(f"guided gives every image one label, and {mixing[0]} blends two; leave one of them out.")
         return tuple(stage.replace(guides=(*stage.guides, self)) for stage in before)
 
     def callback(self, model: nn.Module, context: Context) -> Callback:

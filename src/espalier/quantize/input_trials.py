@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -43,10 +43,9 @@ def input_trials(
     observed = step.observed(model, places, context)
     found: dict[str, dict[int, InputTrial]] = {}
     for asked in widths:
-        asking = step.replace(activation_bits=asked)
         made: dict[str, tuple[int, dict[str, QuantizedInput]]] = {}
         for path, (_, place, seen) in observed.items():
-            method, bits = asking.input_bits(path, place)
+            method, bits = step.input_bits(replace(place, input_bits=asked))
             quantizer = QuantizedInput(method, bits, seen, signed=seen.low < 0).to(device_of(model)).eval()
             made.setdefault(place.slot.name, (bits, {}))[1][path] = quantizer
         for name, (bits, quantizers) in made.items():

@@ -5,9 +5,10 @@ Paper    Zhou, Yao, Guo, Xu, Chen. Incremental Network Quantization: Towards Los
 Formula  n1 = floor(log2(4 s / 3)), s = max|w|;   n2 = n1 + 1 - 2^{b-1} / 2;   P = {0, +-2^n2, ..., +-2^n1};
          w^ = b sgn(w) where (a + b) / 2 <= |w| < 3 b / 2 for neighbours a < b of P, else 0;
          w <- w - lr dL/dw T, T = 0 for the share sigma of the weights that is quantized
-Departs  Every portion gets an equal share of the epochs, the last (everything is quantized, biases and norms train on)
-         too, and the learning rate runs through its schedule in each. Weights that training has made larger than 3/2
-         of the largest level get that level. Validation sees every weight quantized, as the file would hold it.
+Departs  Every portion gets an equal share of the epochs, as far as whole epochs allow, the last (everything is
+         quantized, biases and norms train on) too, and the learning rate runs through its schedule in each. Weights
+         that training has made larger than 3/2 of the largest level get that level. Validation sees every weight
+         quantized, as the file would hold it.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def to_powers(weight: Tensor, levels: Tensor) -> Tensor:
 
 
 def portion(epoch: int, epochs: int, shares: tuple[float, ...]) -> float:
-    """The share that is quantized in ``epoch`` (from 0) of ``epochs``; all portions last equally long."""
+    """The share that is quantized in ``epoch`` (from 0) of ``epochs``; the portions' lengths differ by one at most."""
     return shares[min(len(shares) - 1, epoch * len(shares) // max(1, epochs))]
 
 

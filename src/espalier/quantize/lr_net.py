@@ -26,15 +26,18 @@ from torch.nn import functional as F
 from espalier.core.callback import Loop
 from espalier.core.fields import Penalty, Positive
 from espalier.core.inputs import quantized_input
-from espalier.core.parametrize import slots
+from espalier.core.parametrize import Slot, slots
 from espalier.core.quantized import Weight, WeightQuantizer, affine
 from espalier.core.representation import Representation
 from espalier.quantize.grid import straight_through
+from espalier.quantize.parts import computed_with
+from espalier.quantize.xnor import XNORInput
 
 if TYPE_CHECKING:
     from espalier.core.context import Context
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
+UNSCALED = "lr-net draws outputs without the scale that xnor-input gives them; take binary-input for the inputs"
 TINY = 1e-12
 
 
@@ -102,6 +105,11 @@ class LrNet(WeightQuantizer):
         scale = spread_of(weight, None)
         return logits(weight / torch.where(scale > 0, scale, 1.0).to(weight.dtype), bits)
 
+    def refuses(self, slot: Slot) -> str | None:
+        inputs = [quantized_input(module) for _, module, _ in slot.owners]
+        scaled = any(quantizer is not None and isinstance(quantizer.method, XNORInput) for quantizer in inputs)
+        return UNSCALED if scaled else None
+
     def quantize(self, w: Weight) -> Tensor:
         mean, variance = moments(w.latent)
         scale = w.state["scale"]
@@ -139,9 +147,7 @@ class LrNet(WeightQuantizer):
         if bool(w.state["draws"]) or bool(w.state["done"]) or not inputs:
             return output
         w.state["called"].fill_(True)
-        x, quantizer = inputs[0], quantized_input(module)
-        if quantizer is not None and quantizer.active:
-            x = quantizer(x)
+        x = computed_with(module, inputs[0])
         _, variance = moments(w.latent)
         variance = variance if w.kept is None else torch.where(w.kept, variance, 0)
         summed = _linear(module, x.square(), variance.to(x.dtype)).to(output.dtype)

@@ -11,9 +11,11 @@ Departs  The choice is by dynamic programming over the Pareto front; the paper l
          trace, which is noise or a sign that the loss is not at a minimum, counts by its absolute value. Activations
          keep the bits of the step unless activation_widths are given; then each layer's input has its own, also where
          several layers read one tensor, and its trace and its error are averaged over the batches apart. A method that
-         solves for its weights is tried as rounding to the nearest. Under a budget in ms a layer has an int8 kernel or
-         stays in fp32, as x86 has no kernels below 8 bits; it is timed alone, with the rounding of its input and
-         result but without what any call takes, and what fusion saves in the whole is measured afterwards.
+         solves for its weights is tried as rounding to the nearest. Bytes are predicted from the weights as they came;
+         what the step, its training above all, has made of them is measured afterwards. Under a budget in ms a layer
+         has an int8 kernel or stays in fp32, as x86 has no kernels below 8 bits; it is timed alone, with the rounding
+         of its input and result but without what any call takes, and what fusion saves in the whole is measured
+         afterwards.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from espalier.core.fields import Batches, Bits, Positive, Probes, Threads
 from espalier.core.method import Technique
 from espalier.core.metric import first_tensor
 from espalier.core.model import copy_model
-from espalier.core.parametrize import plain
+from espalier.core.parametrize import freeze, plain
 from espalier.core.record import Record
 from espalier.core.task import capture_call
 from espalier.graph import macs, trace
@@ -38,9 +40,9 @@ from espalier.quantize.analysis import analyse
 from espalier.quantize.hutchinson import mean_traces
 from espalier.quantize.input_trials import InputTrial, input_sensitivities, input_trials, quantizing
 from espalier.quantize.layer_options import FLOAT_BITS, KERNEL_BITS, Budget, Layer, Option
-from espalier.quantize.places import Place, chosen, input_layers
+from espalier.quantize.places import Place
 from espalier.quantize.quantize import Quantize
-from espalier.quantize.trials import Trial, exchanged, free_values, tried
+from espalier.quantize.trials import Trial, coded_bytes, exchanged, free_values, tried
 from espalier.train.looking import batches, looking, needs
 
 if TYPE_CHECKING:
@@ -132,7 +134,7 @@ class MixedBits(Technique):
         """Look, choose, note, and run the step."""
         quiet = replace(context, record=Record(context.path, self.name))  # the step itself tells what it leaves alone
         with context.forked("trials"):
-            places = chosen(model, self.step.layers, None, quiet, self.name, densify=self.step.densify)
+            places = self.step.places(model, quiet, self.name)
             layers = [layer for layer in map(self._layer, places) if layer.options]
             if self.activation_widths:
                 trials = input_trials(model, places, self.step, self.allowed_inputs, quiet)
@@ -142,7 +144,22 @@ class MixedBits(Technique):
         if self.measure == "ms":
             return self._in_time(model, layers, context)
         step, _ = self._choose(model, layers, self._costs(model, layers, quiet), context)
-        return context.run(step, model)
+        model = context.run(step, model)
+        if self.measure == "bytes":
+            self._weigh(model, [layer.slot.name for layer in layers], context)
+        return model
+
+    def _weigh(self, model: nn.Module, names: Sequence[str], context: Context) -> None:
+        """Measure the coded weights as they are after the step, and say where they are over the budget."""
+        tensors, found = freeze(model)[0], context.record.details["mixed bits"]
+        found["measured"] = {"bytes": sum(coded_bytes(tensors[name]) for name in names)}
+        length, predicted = found["measured"]["bytes"], found["used"]
+        if length > self.budget:
+            context.warn(
+                f"{self.name}: the coded weights take {length:,} bytes after the step, above the budget of "
+                f"{self.budget:g}; {predicted:,.0f} were predicted. Give a budget of "
+                f"{predicted * self.budget / length:.0f}."
+            )
 
     def _choose(
         self, model: nn.Module, layers: Sequence[Layer], budget: Budget, context: Context
@@ -341,7 +358,7 @@ class MixedBits(Technique):
         if self.measure == "bytes":
             return Budget([[float(layer.coded_bytes(o)) for o in layer.options] for layer in layers], self.budget)
         if self.measure == "bops":
-            work, widths = self._work(model, context), self._input_widths(layers, context)
+            work, widths = self._work(model, context), self._input_widths(model, layers, context)
             return Budget(
                 [
                     [
@@ -364,12 +381,12 @@ class MixedBits(Technique):
         args, kwargs = capture_call(context.data, bare, context.data.example())
         return macs(trace(bare, args, kwargs)).tensors
 
-    def _input_widths(self, layers: Sequence[Layer], context: Context) -> dict[str, int]:
-        """The bits the step gives the inputs of every weight; inputs whose bits are to be chosen have none."""
+    def _input_widths(self, model: nn.Module, layers: Sequence[Layer], context: Context) -> dict[str, int]:
+        """The bits the step gives the inputs of every weight, where it quantizes them and they are not to be chosen."""
         if self.step.activations is None or self.activation_widths:
             return {}
-        found = input_layers([layer.place for layer in layers], context)
-        return {place.slot.name: self.step.input_bits(path, place)[1] for path, (_, place) in found.items()}
+        observed = self.step.observed(model, [layer.place for layer in layers], context)
+        return {place.slot.name: self.step.input_bits(place)[1] for _, place, _ in observed.values()}
 
 
 def distance(weight: Tensor, trial: Trial | None) -> float:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from espalier.core.callback import Callback
 from espalier.core.context import Context
-from espalier.core.inputs import ActivationQuantizer
+from espalier.core.inputs import ActivationQuantizer, quantized_input
 from espalier.core.method import Method
 from espalier.core.parametrize import Slot
 from espalier.core.quantized import WeightQuantizer
@@ -70,6 +70,14 @@ class LayerSolver(WeightQuantizer):
     @abstractmethod
     def solve(self, model: nn.Module, slot: Slot, bits: int, axis: int | None, context: Context) -> Tensor:
         """The weight of ``slot`` on its grid: what :meth:`quantize` then leaves as it is. Earlier layers are solved."""
+
+
+def computed_with(layer: nn.Module, x: Tensor) -> Tensor:
+    """What the layer makes of its input ``x``: quantized where it has a quantizer, which does not follow it again."""
+    quantizer = quantized_input(layer)
+    if quantizer is None or not quantizer.active:
+        return x
+    return quantizer.method.quantize(x, replace(quantizer.view(), training=False))
 
 
 def default_bits(widths: tuple[int, ...]) -> int:

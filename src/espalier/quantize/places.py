@@ -13,18 +13,24 @@ from espalier.core.errors import NumericError, PhaseError
 from espalier.core.forms import Form
 from espalier.core.parametrize import Slot, bake, slots
 from espalier.core.quantized import QuantizedWeight
-from espalier.core.selection import by_pattern, select, weights
+from espalier.core.selection import Selection, by_pattern, select, weights
 
 LAYERS = (nn.Linear, _ConvNd, nn.RNNBase, nn.Bilinear)
+Asked = int | Mapping[str, int] | None
+"""Bits for all, or pattern -> bits."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """A weight to quantize. ``bits``; ``end``: whether it is the first or the last layer's."""
+    """A weight to quantize. ``bits``; ``end``: whether it is the first or the last layer's.
+
+    ``input_bits``: asked for what goes into its layer.
+    """
 
     slot: Slot
     bits: int | None
     end: bool
+    input_bits: int | None = None
 
 
 def output_axis(slot: Slot) -> int:
@@ -34,25 +40,42 @@ def output_axis(slot: Slot) -> int:
 
 
 def ends(model: nn.Module) -> set[str]:
-    """Names of the weights of the first and the last layer, by the model's order; embeddings are no layers."""
-    names = [slot.name for slot in weights(model) if not isinstance(slot.module, nn.Embedding)]
-    return {names[0], names[-1]} if names else set()
+    """Names of the weights of the first and the last layer, by the model's order; embeddings are no layers.
+
+    A tied weight has the places of all its owners; a recurrent layer's weights belong together.
+    """
+    order = {path: place for place, (path, _) in enumerate(model.named_modules(remove_duplicate=False))}
+    layers = [
+        ((order[path], _within(module, attribute, place)), slot.name)
+        for place, slot in enumerate(weights(model))
+        for path, module, attribute in slot.owners
+        if not isinstance(module, nn.Embedding)
+    ]
+    outer = {min(layers)[0], max(layers)[0]} if layers else set()
+    return {name for layer, name in layers if layer in outer}
+
+
+def _within(module: nn.Module, attribute: str, place: int) -> int:
+    """Where a weight stands among those of its module: with all of its layer in recurrent ones, else by itself."""
+    if isinstance(module, nn.RNNBase):
+        return int(attribute.partition("_l")[2].removesuffix("_reverse"))
+    return place
 
 
 def chosen(
-    model: nn.Module, patterns: tuple[str, ...], bits: int | Mapping[str, int] | None, context: Context, who: str,
-    *, densify: bool,
+    model: nn.Module, patterns: tuple[str, ...], bits: Asked, context: Context, who: str,
+    *, densify: bool, input_bits: Asked = None, stay: bool = False,
 ) -> list[Place]:  # fmt: skip
     """The weights that answer to ``patterns``, those that cannot be quantized skipped with the reason.
 
     Raises ``PhaseError`` for weights that an earlier step has quantized (with ``densify`` they are quantized anew),
-    ``NumericError`` for NaN or infinity.
+    unless all weights ``stay`` as they are; ``NumericError`` for NaN or infinity.
     """
     selection = select(model, patterns, who=who)
-    table = by_pattern(model, selection, bits, None, who=who) if isinstance(bits, Mapping) else {}
+    widths, of_inputs = (_by_name(model, selection, asked, who) for asked in (bits, input_bits))
     at_end, found = ends(model), []
     for slot in selection:
-        if isinstance(slot.form, Form) and slot.phase == "codes" and not slot.form.flat:
+        if isinstance(slot.form, Form) and slot.phase == "codes" and not slot.form.flat and not stay:
             if not densify:
                 raise PhaseError(
                     f"{who} would change {slot.name}, whose weights are on a grid already "
@@ -64,12 +87,17 @@ def chosen(
         if not slot.latent.numel():
             context.skip(slot.name, "it is empty")
             continue
-        wanted = table.get(slot.name) if isinstance(bits, Mapping) else bits
-        found.append(Place(slot, wanted, slot.name in at_end))
+        found.append(Place(slot, widths[slot.name], slot.name in at_end, of_inputs[slot.name]))
     for name, slot in slots(model).items():
         if name not in selection.names and slot.latent.ndim >= 2:
             context.skip(name, "not among the chosen layers")
     return found
+
+
+def _by_name(model: nn.Module, selection: Selection, asked: Asked, who: str) -> dict[str, int | None]:
+    if isinstance(asked, Mapping):
+        return by_pattern(model, selection, asked, None, who=who)
+    return dict.fromkeys(selection.names, asked)
 
 
 def _said(form: Form) -> str:

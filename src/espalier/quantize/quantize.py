@@ -9,6 +9,7 @@ Departs  The quantized values are computed in floating point while training; fil
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -28,9 +29,12 @@ from espalier.core.quantized import QuantizedWeight, WeightQuantizer
 from espalier.quantize.affine import Affine, AffineInput
 from espalier.quantize.calibrate import observe
 from espalier.quantize.coverage import coverage
+from espalier.quantize.dorefa import DoReFaInput
 from espalier.quantize.gradients import Gradients
+from espalier.quantize.lr_net import UNSCALED, LrNet
 from espalier.quantize.parts import GradientQuantizer, LayerSolver, Scheme, Stage, default_bits
 from espalier.quantize.places import Place, chosen, input_layers, output_axis
+from espalier.quantize.xnor import XNORInput
 from espalier.train import Training
 from espalier.train.batch_norm import reestimate
 from espalier.train.layers import in_order
@@ -77,7 +81,7 @@ class Quantize(Training):
 
     def transform(self, model: nn.Module, context: Context) -> nn.Module:
         """Calibrate, attach, train stage by stage, and say what is covered."""
-        places = chosen(model, self.layers, self.bits, context, self.name, densify=self.densify)
+        places = self.places(model, context, self.name)
         observed = self.observed(model, places, context)
         stages = self.stages()
         for number, stage in enumerate(stages):
@@ -89,7 +93,7 @@ class Quantize(Training):
         for slot, form in quantized(model):
             with torch.no_grad():
                 form.method.finish(form.view(slot.latent), context)
-        if self.reestimate and self.epochs:  # after the last weight has its place
+        if self.reestimate:  # after the last weight has its place
             reestimate(model, context)
         if self.weights is not None or self.activations is not None:
             context.record.details["coverage"] = coverage(model, places, context)
@@ -106,6 +110,13 @@ class Quantize(Training):
         for scheme in self.schemes:
             stages = scheme.stages(stages, self)
         return stages
+
+    def places(self, model: nn.Module, context: Context, who: str) -> list[Place]:
+        """The weights of ``layers``, each with the bits asked for it and its layer's input."""
+        return chosen(
+            model, self.layers, self.bits, context, who,
+            densify=self.densify, input_bits=self.activation_bits, stay=self.weights is None,
+        )  # fmt: skip
 
     # --- weights -------------------------------------------------------------------------------------------------
 
@@ -161,22 +172,20 @@ class Quantize(Training):
                 context.skip(f"input of {path}", "it is the first or the last layer's, and ends=float")
             elif seen[path].low == seen[path].high == 0:
                 context.skip(f"input of {path}", "its range is dead: every value seen was zero")
-            elif (reason := self.input_bits(path, place)[0].refuses(layer, seen[path])) is not None:
+            elif (reason := self.input_bits(place)[0].refuses(layer, seen[path])) is not None:
                 context.skip(f"input of {path}", reason)
             else:
                 found[path] = layer, place, seen[path]
         return found
 
-    def input_bits(self, path: str, place: Place) -> tuple[ActivationQuantizer, int]:
-        """The method and the bits of the input of one layer."""
+    def input_bits(self, place: Place) -> tuple[ActivationQuantizer, int]:
+        """The method and the bits of what goes into the layer of one weight."""
         method = self.activations
         assert method is not None  # noqa: S101 - asked by the caller
-        table = self.activation_bits
-        bits = _by_path(table, path, place, default_bits(method.widths)) if isinstance(table, Mapping) else table
-        bits = bits if bits is not None else default_bits(method.widths)
-        if place.end and isinstance(self.ends, int) and bits < self.ends:
-            bits = self.ends
-            method = method if bits in method.widths else AffineInput()
+        bits = place.input_bits if place.input_bits is not None else default_bits(method.widths)
+        if place.end and isinstance(self.ends, int):
+            bits = max(bits, self.ends)
+            method = method if bits in method.widths and not isinstance(method, DoReFaInput) else AffineInput()
         return method, bits
 
     def _inputs(
@@ -186,7 +195,7 @@ class Quantize(Training):
         if not stage.activations:
             return model
         for path, (layer, place, seen) in observed.items():
-            method, bits = self.input_bits(path, place)
+            method, bits = self.input_bits(place)
             bits = next((b for b in sorted(method.widths) if b >= max(bits, stage.width)), bits)
             there = quantized_input(layer)
             if there is not None and there.bits == bits and there.method == method:
@@ -211,11 +220,12 @@ class Quantize(Training):
             self._paced(model, share).train(model, context, callbacks=callbacks, name=stage.name)
 
     def _paced(self, model: nn.Module, epochs: int) -> Quantize:
-        """This step for one stage: its epochs, and the restarts of the learning rate that methods ask for."""
-        restarts = {at for _, form in quantized(model) for at in form.method.restarts(form.bits)}
+        """This step for one stage: its epochs, and the restarts that methods ask for, each at the next whole epoch."""
+        shares = {at for _, form in quantized(model) for at in form.method.restarts(form.bits)}
         stage = self.replace(epochs=epochs, schemes=(), reestimate=False)
-        if restarts:
-            stage = stage.replace(lr_schedule=Restarted(inner=self.lr_schedule, at=tuple(sorted(restarts))))
+        if shares:
+            restarts = sorted({math.ceil(at * epochs - 1e-9) / epochs for at in shares})
+            stage = stage.replace(lr_schedule=Restarted(inner=self.lr_schedule, at=tuple(restarts)))
         return stage
 
 
@@ -268,13 +278,6 @@ def _solve(model: nn.Module, slots: list[Slot], context: Context) -> None:
             slot.latent.copy_(solved)
 
 
-def _by_path(table: Mapping[str, int], path: str, place: Place, default: int) -> int:
-    from espalier.core.selection import matches
-
-    found = [bits for pattern, bits in table.items() if matches(pattern, place.slot, -1) or pattern == path]
-    return found[-1] if found else default
-
-
 def _widths(method: Quantize) -> list[str]:
     """Bits that a method cannot do, and bits of what is not quantized."""
     found = []
@@ -311,6 +314,10 @@ def _training(method: Quantize) -> list[str]:
         found.append("nothing is to be quantized: give weights, activations, gradients or errors")
     if not method.epochs and (method.gradients is not None or method.errors is not None):
         found.append("gradients and errors exist in training only: give epochs")
+    if method.reestimate and not method.epochs:
+        found.append("reestimate needs epochs; without any add the step train.batch-norm")
+    if isinstance(method.weights, LrNet) and isinstance(method.activations, XNORInput):
+        found.append(UNSCALED)
     if method.schemes and not method.epochs:
         found.append("schemes divide a training: give epochs")
     if method.schemes and method.epochs and len(method.stages()) > method.epochs:

@@ -23,9 +23,9 @@ from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from espalier.core.callback import Loop
-from espalier.core.inputs import quantized_input
 from espalier.core.quantized import Weight, WeightQuantizer
 from espalier.core.representation import Representation
+from espalier.quantize.parts import computed_with
 from espalier.quantize.ternary import fixed_scale, scaled, stored, within
 
 
@@ -103,8 +103,7 @@ class TernaryBernoulli(WeightQuantizer):
         if self.backward == "full" or not known or not torch.is_grad_enabled():
             return output
         with torch.no_grad():
-            quantizer, x = quantized_input(module), inputs[0]
-            x = quantizer(x) if quantizer is not None and quantizer.active else x
+            x = computed_with(module, inputs[0])
             change = power_of_two(x, torch.rand_like(x, dtype=torch.float32)) - x
         weight = module.weight
         assert isinstance(weight, Tensor)  # noqa: S101 - of a layer known above

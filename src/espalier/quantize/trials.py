@@ -31,10 +31,15 @@ class Trial:
     stored: Representation
 
     def coded_bytes(self) -> int:
-        """Length of all parts in the smaller of the fast coders, without header."""
-        parts = self.stored.state()[1].items()
-        coders = resolve(CODERS)
-        return sum(len(smallest(v, coders, hint_of(self.stored, name))[1]) for name, v in parts if v.size)
+        """Length as coded."""
+        return coded_bytes(self.stored)
+
+
+def coded_bytes(stored: Representation) -> int:
+    """Length of all parts of a weight in the smaller of the fast coders, without header."""
+    coders = resolve(CODERS)
+    parts = stored.state()[1].items()
+    return sum(len(smallest(v, coders, hint_of(stored, name))[1]) for name, v in parts if v.size)
 
 
 def tried(slot: Slot, method: WeightQuantizer, bits: int) -> Trial:

@@ -5,7 +5,8 @@ Paper    Yang, Howard, Chen, Zhang, Go, Sandler, Sze, Adam. NetAdapt: Platform-A
 Formula  for each step in order: while bytes(M) > size: M' = step(M);   M <- M' if drop(M') <= max_drop and
          bytes(M') < bytes(M), else on to the next step
 Departs  What is repeated are whole steps of any kind, cheapest first, in place of one layer's width at a time; the
-         measured resource is the length of the encoded file, the accuracy is that on val.
+         measured resource is the length of the encoded file, the accuracy is that on val. A recipe that gets stronger
+         starts over from the M it was first given.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ from typing import Any, ClassVar
 from torch import nn
 
 from espalier.core.context import Context
-from espalier.core.errors import EspalierWarning, ModelError, NoEffectWarning, PhaseError, UsageError
+from espalier.core.errors import EspalierWarning, ModelError, NoEffectWarning, PhaseError, UnknownNameError, UsageError
 from espalier.core.fields import Count, Rounds, Tolerance
 from espalier.core.method import Technique, field_names
 from espalier.core.metric import Score
 from espalier.core.model import copy_model
 from espalier.core.recipe import Recipe
+from espalier.core.selection import select
 from espalier.core.target import Target
 from espalier.measure import fp32_safetensors_bytes
 from espalier.measure.frozen import file_length
@@ -34,19 +36,35 @@ CODERS = ("adaptive",)
 """The coder that is smallest for nearly every tensor; trying all of them after every step takes their time."""
 
 
-def deepened(step: Technique, times: int, rounds: int) -> Technique:
+def deepened(step: Technique, times: int, rounds: int, model: nn.Module) -> Technique:
     """``step`` as it is run for the ``times``-th time (from 1) of at most ``rounds``, each stronger than the last.
 
-    Pruning takes its share of what is left, a recipe with a strength goes up to it in equal parts, a list of steps
-    hands this on; other steps, and those that remove units of what is there now, stay as they are.
+    Pruning takes its share of what is left, first of what ``model`` has, a recipe with a strength goes up to it in
+    equal parts, a list of steps hands this on; other steps, and those that remove units of what is there now, stay as
+    they are.
     """
     if isinstance(step, Recipe):
-        return step.replace(steps=tuple(deepened(inner, times, rounds) for inner in step.steps))
+        return step.replace(steps=tuple(deepened(inner, times, rounds, model) for inner in step.steps))
     if isinstance(step, Prune) and isinstance(step.sparsity, float) and not isinstance(step.pattern, Removing):
         kept: float = (1 - step.sparsity) ** times
-        return step.replace(sparsity=1 - kept)
+        return step.replace(sparsity=1 - left(model, step.layers) * kept)
     strength = getattr(step, "strength", None) if "strength" in field_names(type(step)) else None
     return step if strength is None else step.replace(strength=strength * times / rounds)
+
+
+def left(model: nn.Module, layers: tuple[str, ...]) -> float:
+    """The share of the weights of ``layers`` that is not zero; 1 where the model has none of them yet."""
+    try:
+        values = [slot.value() for slot in select(model, layers)]
+    except UnknownNameError:
+        values = []
+    nonzero = sum(int(value.count_nonzero()) for value in values)
+    return nonzero / sum(value.numel() for value in values) if nonzero else 1.0
+
+
+def begins_anew(step: Technique, model: nn.Module) -> bool:
+    """Whether a stronger ``step`` starts from what the first one had, as a recipe cannot change its own codes."""
+    return not isinstance(step, Prune) and deepened(step, 2, 3, model) != step
 
 
 def _default_steps() -> tuple[Technique, ...]:
@@ -86,14 +104,17 @@ class IterateUntil(Technique):
         return Target.parse(size=None if self.size is None else str(self.size), max_drop=self.max_drop)
 
     def transform(self, model: nn.Module, context: Context) -> nn.Module:
-        """Step by step, each on a copy of the best so far."""
+        """Step by step, each on a copy of the best so far, or of what that was when a recipe's turn came."""
         search = _Search.of(self, model, context)
         for number, step in enumerate(self.steps, 1):
+            before = search.model
+            anew = begins_anew(step, before)
             for times in range(1, self.rounds + 1):
                 if search.met or context.out_of_time():
                     break
                 name = f"{number:02d}-{step.id}-{times:02d}"
-                if not search.attempt(deepened(step, times, self.rounds), name):
+                stronger = deepened(step, times, self.rounds, before)
+                if not search.attempt(stronger, before if anew else search.model, name):
                     break
         search.say()
         return search.model
@@ -126,10 +147,10 @@ class _Search:
         """Whether the best so far is small enough."""
         return self.length <= self.limit
 
-    def attempt(self, step: Technique, name: str) -> bool:
-        """Run ``step`` on a copy of the best; whether it became the best itself, so that it may help again."""
+    def attempt(self, step: Technique, start: nn.Module, name: str) -> bool:
+        """Run ``step`` on a copy of ``start``; whether that became the best, so that it may help again."""
         try:
-            model = self.context.run(step, copy_model(self.model), name)
+            model = self.context.run(step, copy_model(start), name)
         except (ModelError, PhaseError) as error:
             self.tries.append({"name": name, "kept": False, "reason": str(error)})
             return False

@@ -36,6 +36,8 @@ from espalier.train.quantizers import does
 
 MOST_BITS, FEWEST_BITS = 6, 2
 """Bits of the weights at strength 0 and 1."""
+SPARSITY, BITS = 0.9, 4
+"""The defaults, which say nothing beside a strength."""
 OWN = ("finish", "restarts", "latent")
 """Hooks of a quantizer that has a training of its own, or no latent weight to prune by."""
 
@@ -52,8 +54,8 @@ class PruneQuantize(Training):
     epochs: Epochs = 20
     lr: LearningRate = 2e-3
     strength: Fraction | None = 0.5
-    sparsity: Sparsity = 0.9
-    quantize: Quantize = field(default_factory=lambda: Quantize(weights=LSQ(), bits=4))
+    sparsity: Sparsity = SPARSITY
+    quantize: Quantize = field(default_factory=lambda: Quantize(weights=LSQ(), bits=BITS))
     scope: Scope = field(default_factory=Global)
     schedule: Schedule = field(default_factory=lambda: Cubic(end=0.5))
     every: Steps = 10
@@ -69,6 +71,10 @@ class PruneQuantize(Training):
             found.append("quantize.weights is unset, so nothing is quantized; prune.prune prunes alone")
         elif isinstance(method, LayerSolver) or method.stacked or any(does(method, hook) for hook in OWN):
             found.append(f"{method.id} goes its own way through a training; take lsq, qat, affine, twn or ttq")
+        elif self.strength is not None:
+            asked, bits = {"sparsity": self.sparsity != SPARSITY}, self.quantize.bits
+            asked["quantize.bits"] = bits not in (None, BITS) and len(method.widths) > 1
+            found += [f"strength sets {name}: leave it out, or set strength to null" for name in asked if asked[name]]
         return found
 
     def goal(self) -> tuple[float, Quantize]:

@@ -17,6 +17,7 @@ from typing import ClassVar
 from torch import nn
 
 from espalier.core.context import Context
+from espalier.core.errors import UsageError
 from espalier.core.fields import Fraction
 from espalier.core.method import Technique
 from espalier.core.model import copy_model
@@ -51,11 +52,16 @@ class PruneQuantizeDistill(Technique):
         return super().needs | {f"model:{name}" for name in names}
 
     def conflicts(self) -> list[str]:
-        return [
+        found = [
             f"{name}.teacher and {name}.student are set by the recipe: give teacher and student there"
             for name, stage in (("distill", self.distill), ("recover", self.recover))
             if stage.student is not None or stage.teacher != "original"
         ]
+        try:
+            self.compress.replace(strength=self.strength)
+        except UsageError as error:
+            found.append(f"compress: {str(error).rstrip('.')}")
+        return found
 
     def transform(self, model: nn.Module, context: Context) -> nn.Module:
         """Run the stages in order, each through ``context.run``."""

@@ -45,13 +45,15 @@ class TernaryNetwork(Technique):
             return [f"quantize.weights={method.id if method else None} has no three values; take ttq, twn or ternary"]
         if self.strength is not None and not isinstance(method, TTQ):
             return [f"strength sets the zeros of ttq; with weights={method.id} set strength to null"]
+        if self.strength is not None and isinstance(method, TTQ) and method.threshold == "learned":
+            return ["strength sets the threshold, which threshold=learned of ttq learns; set strength to null"]
         return []
 
     def transform(self, model: nn.Module, context: Context) -> nn.Module:
         """Run the stages in order, each through ``context.run``."""
-        quantize = self.quantize
-        if self.strength is not None:
+        quantize, method = self.quantize, self.quantize.weights
+        if self.strength is not None and isinstance(method, TTQ):
             zeros = FEWEST_ZEROS + (MOST_ZEROS - FEWEST_ZEROS) * self.strength
-            quantize = quantize.replace(weights=TTQ(threshold="sparsity", sparsity=zeros))
+            quantize = quantize.replace(weights=method.replace(threshold="sparsity", sparsity=zeros))
         model = context.run(quantize, model, "01-quantize")
         return context.run(self.finetune, model, "02-finetune")
