@@ -133,6 +133,20 @@ def test_values_that_are_not_finite_are_found(bad: float) -> None:
         check_finite(model, "after epoch 2")
 
 
+def test_a_mask_may_hold_infinities() -> None:
+    model = nn.Linear(2, 2)
+    model.register_buffer("mask", torch.full((2, 2), -float("inf")).triu(1))
+    check_finite(model, "now")
+    model.mask[0, 0] = float("nan")
+    with pytest.raises(NumericError, match="mask holds 1 NaN"):
+        check_finite(model, "now")
+    model.mask[0, 0] = 0
+    with torch.no_grad():
+        model.weight[0, 0] = float("inf")
+    with pytest.raises(NumericError, match="weight holds 1 NaN or infinite"):
+        check_finite(model, "now")
+
+
 def test_counts_see_the_weights_in_force() -> None:
     model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 4, bias=False))
     model[1].weight = nn.Parameter(model[0].weight.detach().t().clone())

@@ -16,9 +16,11 @@ from espalier.core.task import Task
 from espalier.distill import Attention, Distill, Features, Hints, Relational, SoftTargets
 from espalier.distill.lesson import look, prepare
 from espalier.distill.outputs import Reading
+from espalier.distill.pairing import pair_up
 from espalier.distill.places import Place, caught, matched, named, same_size
 from espalier.prune import Prune
 from espalier.testing.compare import hooks
+from espalier.train import L1
 
 FEATURES = [Hints(epochs=1), Hints(mode="joint"), Features(), Attention(), Relational()]
 READ = Reading("", 1, classes=True)
@@ -239,3 +241,48 @@ def test_what_makes_the_weights_is_no_feature() -> None:
     found = matched(seen_in(masked, Task(), batch), seen_in(model, Task(), batch))
     assert found == [(Place("2"), Place("2"))]
     assert [row.weighted for row in seen_in(masked, Task(), batch) if row.place.path == "1"] == [True, True]
+
+
+def test_features_are_as_they_were_handed_back() -> None:
+    x, layers = fixed(2, 1, 6, 6), [nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Flatten()]
+    model = nn.Sequential(*layers)
+    with caught(model, [Place("1")]) as found:
+        model(x)
+    assert torch.equal(found[Place("1")], layers[1](layers[0](x)))
+    found[Place("1")].sum().backward()  # and lead back to the weights
+    assert layers[1].bias.grad.sum() > 0
+
+
+def test_signals_keep_their_channels_second_in_layers_of_other_names() -> None:
+    batch = (fixed(3, 2, 9), torch.zeros(3, dtype=torch.long))
+    signal = nn.Sequential(nn.Conv1d(2, 4, 3), nn.BatchNorm1d(4), nn.ReLU(), nn.Flatten(), nn.Linear(28, 3))
+    rows = {str(row.place): row for row in seen_in(signal, Task(), batch)}
+    assert [(rows[path].size, rows[path].channels) for path in "012"] == [((7,), 4)] * 3
+
+
+def test_relations_are_computed_in_float32() -> None:
+    """Two tight clusters far apart: in bfloat16 their cosines are not even cosines."""
+    x = torch.cat([0.05 * fixed(16, 36), 3 + 0.05 * fixed(16, 36, seed=1)])
+    ends = [nn.Sequential(nn.Flatten(), nn.Linear(36, 3)) for _ in range(2)]
+    sides = [(end, seen_in(end, Task(), (x, None))) for end in ends]
+    pairing = pair_up(Relational(), 0, *sides)
+    mine, theirs = ({pairing.pairs[0][0].place: side} for side in (x, x + 0.01 * fixed(32, 36, seed=2)))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = pairing.value(mine, theirs)
+    assert torch.equal(found, pairing.value(mine, theirs))
+
+
+def test_two_first_stages_are_two_and_shrink_nothing_above_them() -> None:
+    student, teacher = net(4), net(8, seed=1, size=5)
+    parts = (Hints(epochs=1, layers=("1",)), Hints(epochs=2, layers=("2",)))
+    calls = []
+
+    class Watching(Distill):
+        def train(self, model, context, **more):
+            calls.append((self.epochs, more["name"], self.penalties))
+            return super().train(model, context, **more)
+
+    Watching(losses=parts, epochs=3, teacher="t", penalties=(L1(),))(
+        student, Context(task=image_task(), models={"t": teacher})
+    )
+    assert calls == [(1, "fit-hints", ()), (2, "fit-hints-2", ()), (3, "fit", (L1(),))]

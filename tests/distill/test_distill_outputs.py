@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from tests.distill.classroom import fixed, learn
 from torch import nn
 from torch.nn import functional as F
 
-from espalier.core.errors import ModelError, UnknownNameError, UsageError
+from espalier.core.errors import DataError, ModelError, UnknownNameError, UsageError
 from espalier.core.task import Task
 from espalier.distill import DKD, Logits, SoftTargets
 from espalier.distill.lesson import output_value
@@ -53,7 +55,10 @@ def test_rows_and_labels_stay_together(shape, labels) -> None:
     assert torch.equal(rows.argmax(1), flat)
 
 
-@pytest.mark.parametrize(("loss", "ignored"), [(F.cross_entropy, -100), (nn.CrossEntropyLoss(ignore_index=1), 1)])
+@pytest.mark.parametrize(
+    ("loss", "ignored"),
+    [(F.cross_entropy, -100), (nn.CrossEntropyLoss(ignore_index=1), 1), (partial(F.cross_entropy, ignore_index=1), 1)],
+)
 def test_rows_that_the_loss_ignores_do_not_count(loss, ignored: int) -> None:
     g = torch.Generator().manual_seed(0)
     output, told = torch.randn(2, 5, 3, generator=g), torch.randn(1, 10, 3, generator=g)
@@ -154,3 +159,13 @@ def test_the_key_is_a_field_of_the_step() -> None:
     taught = learn(student, task, teacher=teacher, output="logits", **hard0)
     x = task.train[0][0]
     assert torch.allclose(taught(x)["logits"].softmax(1), teacher(x)["logits"].softmax(1), atol=0.03)
+
+
+def test_labels_that_are_no_class_are_said() -> None:
+    student, teacher = (nn.Sequential(nn.Flatten(), nn.Linear(36, 3)) for _ in range(2))
+    x, y = fixed(4, 1, 6, 6), torch.tensor([0, 1, 2, 255])
+    told = Task(train=[(x, y)], loss=partial(F.cross_entropy, ignore_index=255))
+    learn(student, told, teacher, losses=(DKD(),))
+    hidden = Task(train=[(x, y)], loss=lambda output, target: F.cross_entropy(output, target, ignore_index=255))
+    with pytest.raises(DataError, match=r"(?s)labels in 0 \.\. 2 .*has 0 \.\. 255.*ignore_index"):
+        learn(student, hidden, teacher, losses=(DKD(),))

@@ -29,7 +29,7 @@ from espalier.distill import (
 from espalier.distill.fresh import afresh
 from espalier.distill.multi_teacher import averaged, entropy_shares
 from espalier.prune import Prune
-from espalier.train import SGD, Constant, Finetune, Mixup
+from espalier.train import EMA, L1, SGD, Constant, EarlyStopping, Finetune, Mixup
 
 X, Y = blobs(48).tensors
 TASK = Task(train=[(X, Y)], val=[(X, Y)])
@@ -59,6 +59,14 @@ def test_the_average_of_probabilities_is_that_at_the_losses_temperature() -> Non
         mean = (shares[:, None, None] * (logits / temperature).softmax(-1)).sum(0)
         found = (averaged(logits, shares[:, None], temperature) / temperature).softmax(-1)
         assert torch.allclose(found, mean, atol=1e-6)
+
+
+def test_predictions_are_averaged_as_probabilities() -> None:
+    logits = torch.tensor([[[10.0, 0, 0]], [[0.0, 1, 0]]])
+    part = MultiTeacher(beside=("other",))
+    found = part.combined(torch.tensor([0.5, 0.5]), logits, Logits(space="predictions").softness, True)
+    assert torch.allclose(found.softmax(-1), logits.softmax(-1).mean(0), atol=1e-6)
+    assert torch.equal(part.combined(torch.tensor([0.5, 0.5]), logits, Logits().softness, True), logits.mean(0))
 
 
 def test_entropy_gives_the_sure_one_more_to_say() -> None:
@@ -203,6 +211,18 @@ def test_the_best_of_those_built_alike_is_returned() -> None:
     assert base(method.transform(net(4, seed=0), blind)) == "original"
 
 
+@pytest.mark.parametrize(
+    "fields", [{"penalties": (L1(),)}, {"ema": EMA()}, {"stopping": EarlyStopping()}, {"reestimate": True}], ids=str
+)
+def test_what_acts_on_the_steps_own_student_makes_it_the_result(fields) -> None:
+    strong = Finetune(epochs=30, lr=0.02)(net(4, seed=7), Context(task=TASK))
+    context = Context(task=TASK, models={"original": net(), "strong": strong})
+    student = net(4, seed=0)
+    method = Distill(teaching=Mutual(students=("strong",), copies=0), epochs=1, lr=1e-5, **fields)
+    assert method.transform(student, context) is student
+    assert f"{next(iter(fields))} act on the step's own student alone" in context.record.notes[0]
+
+
 def test_copies_begin_afresh_and_a_pruned_student_stays_pruned() -> None:
     pruned = Prune(sparsity=0.5)(net(), Context(task=TASK))
     found = Distill(teaching=Mutual(copies=2), epochs=2, lr=0.02)(pruned, Context(task=TASK))
@@ -262,6 +282,20 @@ def test_a_network_without_resets_is_named() -> None:
 
     with pytest.raises(ModelError, match="Own has a reset_parameters"):
         Distill(teaching=SelfDistillation())(Own(), Context(task=TASK))
+
+
+def test_what_keeps_its_trained_values_is_said() -> None:
+    class Token(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.token, self.head = nn.Parameter(torch.ones(36)), nn.Linear(36, 3)
+            self.frozen = nn.Linear(3, 3).requires_grad_(False)
+
+    context = Context()
+    assert bool((afresh(Token(), context, "a").token == 1).all())
+    assert [(row["name"], row["reason"].split(":")[0]) for row in context.record.skipped] == [
+        ("the model itself", "it has parameters and no reset_parameters method"), ("frozen", "frozen")
+    ]  # fmt: skip
 
 
 def test_the_model_at_hand_may_teach_beside_the_original() -> None:

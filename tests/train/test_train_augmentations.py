@@ -17,7 +17,8 @@ from espalier.core.callback import Callback
 from espalier.core.context import Context
 from espalier.core.errors import NeedError, UsageError
 from espalier.core.recipe import Recipe
-from espalier.train import Cutout, Finetune, Flip, LabelSmoothing, Mixup, ResizedCrop, fit
+from espalier.core.task import Task
+from espalier.train import Crop, Cutout, Finetune, Flip, LabelSmoothing, Mixup, ResizedCrop, Shift, fit
 from espalier.train.augmentation import Mixing, augmented, blend
 
 fast = settings(deadline=None, max_examples=40)
@@ -195,6 +196,20 @@ def test_resized_crop_refuses_ranges_that_fall() -> None:
 
 
 # --- all -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("part", [Crop(), Flip(), Shift(), ResizedCrop()], ids=lambda part: part.id)
+def test_labels_with_a_place_in_the_image_are_refused_where_pixels_move(part) -> None:
+    x = torch.randn(2, 1, 6, 6, generator=torch.Generator().manual_seed(0))
+    for y in (torch.zeros(2, 6, 6, dtype=torch.long), x, {"mask": x > 0}):
+        with pytest.raises(
+            UsageError, match=rf"train\.{part.id} moves the pixels.*\(2, 1, 6, 6\).*leave {part.id} out"
+        ):
+            part.check(Task(train=[(x, y)]))
+    part.check(Task(train=[(x, torch.zeros(2, 3, 3))]))
+    part.check(Task(train=[(x, torch.zeros(2, 6))]))
+    part.check(Task(train=[x], target=lambda batch: (batch > 0).float()))  # follows the image
+    Cutout().check(Task(train=[(x, x)]))
 
 
 def test_they_travel_in_a_recipe_and_draw_from_the_loops_seeds_only() -> None:

@@ -38,6 +38,7 @@ from espalier.train import (
 )  # fmt: skip
 from espalier.train.augmentation import augmented
 from espalier.train.penalty import Penalties
+from espalier.train.proximal import step_sizes
 from espalier.train.state import pack, unpack
 
 fast = settings(deadline=None, max_examples=40)
@@ -175,6 +176,39 @@ def test_l1_is_the_proximal_step_of_gradient_descent() -> None:
     assert torch.allclose(net[5].bias, plain[5].bias - 0.1 * plain[5].bias.grad, atol=1e-6)
 
 
+def token_net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Embedding(100, 8), nn.Linear(8, 100))
+
+
+@pytest.mark.parametrize("optimizer", [SGD(), AdamW()])
+def test_l1_erases_no_weight_that_has_had_no_gradient_yet(optimizer) -> None:
+    train = [(tokens, tokens) for tokens in torch.arange(100).reshape(10, 10)]
+    net = Finetune(epochs=1, optimizer=optimizer, penalties=(L1(),))(token_net(), Context(Task(train=train)))
+    sizes = [float(network[0].weight.detach().abs().mean()) for network in (net, token_net())]
+    assert sizes[0] == pytest.approx(sizes[1], rel=0.01)
+
+
+def test_adams_step_has_a_bound_and_is_the_rate_where_there_was_no_gradient() -> None:
+    weight = nn.Parameter(torch.ones(4))
+    optimizer = torch.optim.Adam([weight], 0.1)
+    for gradient, steps in (
+        (torch.zeros(4), [0.1] * 4),
+        (torch.tensor([0.0, 1e-4, 2.0, 4.0]), [0.5, 0.5, 0.05, 0.025]),
+    ):
+        optimizer.state.clear()
+        weight.grad = gradient
+        optimizer.step()
+        assert torch.allclose(step_sizes(optimizer, weight), torch.tensor(steps), rtol=1e-3)
+
+
+def test_norms_of_more_than_one_dimension_are_not_penalised() -> None:
+    net = nn.Sequential(nn.Flatten(2), nn.LayerNorm([1, 36]), nn.Flatten(), nn.Linear(36, 3))
+    grads = gradients((L2(strength=0.5),), net)
+    assert not grads["1.weight"].any()
+    assert grads["3.weight"].any()
+
+
 def test_l1_moves_shared_values_along_the_subgradient() -> None:
     batch = next(iter(image_task().train))
     index, centroids = torch.arange(192).reshape(3, 64) % 4, torch.tensor([-0.2, -0.1, 0.1, 0.2])
@@ -215,6 +249,7 @@ def test_label_smoothing_equals_torch_in_training_and_keeps_the_losss_options() 
     [
         ({"loss": F.mse_loss}, "the task's loss is mse_loss"),
         ({"loss": nn.CrossEntropyLoss(label_smoothing=0.1)}, "smooths labels by 0.1 already"),
+        ({"loss": type("Focal", (nn.CrossEntropyLoss,), {})()}, "the task's loss is Focal"),
         ({"target": lambda batch: F.one_hot(batch[1], 3).float()}, r"float32 of shape \(48, 3\)"),
     ],
 )

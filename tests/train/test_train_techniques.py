@@ -174,6 +174,13 @@ def test_a_small_gain_is_the_best_but_renews_no_patience(higher: bool, sign: int
     assert (result.best_epoch, len(result.history)) == (3, 3)
 
 
+def test_gains_add_up_from_the_score_that_renewed_the_patience() -> None:
+    scores = [80, 80.4, 80.45, 80.6, 80.7, 80.7, 80.7, 80.7]
+    result, _ = scripted(scores, higher=True, stopping=EarlyStopping(patience=3, gain=0.5))
+    assert len(result.history) == 7  # the fourth is above 80 + 0.5, and nothing is above 80.6 + 0.5
+    assert "better than score_r" in EarlyStopping.card().formula
+
+
 def test_epochs_before_the_schedule_has_settled_are_no_candidates() -> None:
     result, epoch = scripted([9.0, 8, 7, 1, 2, 1, 1], higher=True, stopping=EarlyStopping(patience=2), settled=3)
     assert (result.best_epoch, epoch, len(result.history)) == (5, 5, 7)

@@ -148,11 +148,18 @@ def digest(model: nn.Module) -> int:
 
 
 def check_finite(model: nn.Module, when: str) -> None:
-    """Raise ``NumericError`` naming the first tensor with NaN or infinity, ``ModelError`` for quantized layers."""
+    """Raise ``NumericError`` naming the first tensor with NaN or infinity, ``ModelError`` for quantized layers.
+
+    A buffer may hold infinities, as masks of attention do, unless it is a norm's statistic or part of a weight's form.
+    """
     require_float(model)
+    buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
     for name, tensor in _state(model):
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            bad = int((~torch.isfinite(tensor)).sum())
+        if not tensor.is_floating_point():
+            continue
+        mask = name in buffers and "parametrizations" not in name and ".running_" not in f".{name}"
+        bad = int((tensor.isnan() if mask else ~tensor.isfinite()).sum())
+        if bad:
             raise NumericError(
                 f"{name} holds {bad} NaN or infinite of {tensor.numel()} values {when}. "
                 "Weights must be finite: check the training (a lower learning rate), or load an earlier checkpoint."

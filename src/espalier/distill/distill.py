@@ -101,11 +101,11 @@ class Distill(Training):
         """Train ``student`` in place with frozen ``teachers``: losses that stand alone first, then the others."""
         self.compare(student, teachers, context)
         losses, hard = self.weighed()
-        for part in self.losses:
-            if part.ahead:
-                stage = self.replace(epochs=part.ahead, stopping=None, ema=None)
-                lesson = prepare(stage, student, teachers, context, self.read(context), losses=(part,), hard=0.0)
-                stage.train(student, context, callbacks=(lesson,), loss=nothing, name=f"{name}-{part.id}")
+        for number, part in enumerate((part for part in self.losses if part.ahead), 1):
+            stage = self.replace(epochs=part.ahead, penalties=(), stopping=None, ema=None)
+            lesson = prepare(stage, student, teachers, context, self.read(context), losses=(part,), hard=0.0)
+            called = f"{name}-{part.id}" + (f"-{number}" if number > 1 else "")
+            stage.train(student, context, callbacks=(lesson,), loss=nothing, name=called)
         if hard and self.hard is None and not self.labelled(context):
             context.note(f"{self.name}: the batches carry no labels, so the teacher alone says what is right.")
             hard = 0.0

@@ -57,11 +57,18 @@ class DKD(OutputLoss):
         return self.temperature
 
     def value(self, rows: Rows) -> Tensor:
-        """The weighted sum. Raises ``DataError`` without integer labels."""
+        """The weighted sum. Raises ``DataError`` without integer labels, or with some that are no class."""
         if rows.labels is None:
             raise DataError(
                 f"{self.name} needs one integer label (a class index) for each row of the output; this batch has none. "
                 "Let Task.target return class indices, or use soft-targets, which needs no labels."
+            )
+        classes, (low, high) = rows.student.shape[1], (int(n) for n in rows.labels.aminmax())
+        if low < 0 or high >= classes:
+            raise DataError(
+                f"{self.name} needs labels in 0 .. {classes - 1} for an output of {classes} classes; this batch has "
+                f"{low} .. {high}. Where one of them marks rows that do not count, give the task's loss as "
+                "torch.nn.CrossEntropyLoss(ignore_index=...), which is seen here."
             )
         target, other = decoupled(rows.student, rows.teacher, rows.labels, self.temperature)
         risen = min((rows.epoch + 1) / self.warmup, 1.0) if self.warmup else 1.0

@@ -6,6 +6,7 @@ Formula  H = 1/2 ||h_t(x) - r(g_s(x))||^2;   two-stage: H alone, then all the st
 Departs  The squared norm is the mean over all entries, so that the weight means the same for small and large maps; the
          joint form is CE + 100 times the mean square. The regressor is a 1x1 convolution (linear for vectors) after
          averaging the larger map down. The second stage keeps alpha as it is; the paper lets it fall.
+         The first has no penalties, ema or stopping.
 """
 
 from __future__ import annotations

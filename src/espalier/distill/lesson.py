@@ -172,7 +172,7 @@ def repeats(loader: Any) -> bool:
 
 def look(model: nn.Module, context: Context, batch: Any, reading: Reading) -> tuple[Tensor, list[Seen]]:
     """The output of ``model`` on ``batch``, and what was seen on the way."""
-    with caught(model, everywhere(model)) as features:
+    with caught(model, everywhere(model), copied=False) as features:
         output = reading.tensor(context.data.predict(model, batch))
     return output, seen(model, features, output)
 

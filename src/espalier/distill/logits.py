@@ -35,6 +35,11 @@ class Logits(OutputLoss):
         """Nothing: the paper's student sees no labels."""
         return 0.0
 
+    @property
+    def softness(self) -> float | None:
+        """Predictions are averaged as the probabilities they are."""
+        return 1.0 if self.space == "predictions" else None
+
     def value(self, rows: Rows) -> Tensor:
         """``weight / 2 mean ||.||^2``."""
         both = (rows.student, rows.teacher)

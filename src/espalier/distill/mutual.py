@@ -3,7 +3,8 @@ r"""Deep mutual learning: students teach each other while they learn; there is n
 Paper    Zhang, Xiang, Hospedales, Lu. Deep Mutual Learning. CVPR 2018. arXiv:1706.00384
 Formula  L_k = CE(z_k, y) + 1 / (K - 1) sum_(l != k) KL(p_l || p_k),   p_l as given, at temperature 1
 Departs  All students answer a batch once and then step together; the paper lets one step before the next answers. Of
-         those built as the first one is, the best on val is returned.
+         those built as the first one is, the best on val is returned; where penalties, ema, stopping, dropout or
+         reestimate are set it is the first one, as they are for it alone.
 """
 
 from __future__ import annotations
@@ -32,6 +33,9 @@ from espalier.train.looking import batches, looking
 
 if TYPE_CHECKING:
     from espalier.distill.distill import Distill
+
+ALONE = ("penalties", "ema", "stopping", "dropout", "reestimate")
+"""Fields of the step that are for its own student, and not for the others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +91,10 @@ class Mutual(Teaching):
                 check_outputs(outputs, reading, answer, told, f"student {number}")
         together = Together(method, peers, outputs, hard, reading)
         method.train(student, context, callbacks=(together,))
+        alone = [name for name in ALONE if getattr(method, name)]
+        if alone:
+            context.note(f"{self.name}: {', '.join(alone)} act on the step's own student alone, which is returned.")
+            return student
         return self.best(student, peers, context)
 
     def best(self, student: nn.Module, peers: Sequence[nn.Module], context: Context) -> nn.Module:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -35,7 +36,8 @@ class Reading:
         """What one output and its batch show. Raises ``UnknownNameError`` for a key that the output lacks."""
         tensor, target = picked(output, key), task.target(batch)
         column = class_dim(tensor, target, dim)
-        given = getattr(task.loss, "ignore_index", IGNORED)
+        bound = task.loss.keywords if isinstance(task.loss, partial) else {}
+        given = bound.get("ignore_index", getattr(task.loss, "ignore_index", IGNORED))
         ignored = given if isinstance(given, int) else IGNORED
         return cls(key, column, are_classes(tensor, target, task, column), ignored)
 

@@ -34,7 +34,8 @@ class Pairing:
                 a, b = same_size(channels_first(a, mine.channel_dim), channels_first(b, theirs.channel_dim))
                 a = adapter(a)
             found.append((a.float(), b.float()))
-        value = self.loss.value(found)
+        with torch.autocast(found[0][0].device.type, enabled=False):  # products of features need more than 8 bits
+            value = self.loss.value(found)
         if not bool(torch.isfinite(value)):
             self._blame(student, teacher)
         return value

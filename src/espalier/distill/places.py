@@ -54,9 +54,9 @@ class Seen:
         return tuple(n for dim, n in enumerate(self.shape) if dim not in (0, self.channel_dim))
 
 
-def channel_dim(module: nn.Module, shape: Sequence[int]) -> int:
-    """The second dimension; the last of (n, tokens, channels), unless it comes from a layer called ...1d."""
-    return 2 if len(shape) == 3 and not type(module).__name__.endswith("1d") else 1
+def is_1d(module: nn.Module) -> bool:
+    """Whether its three dimensions are (n, channels, positions): layers called ...1d."""
+    return type(module).__name__.endswith("1d")
 
 
 def tensor_in(value: Any) -> Tensor | None:
@@ -68,8 +68,11 @@ def tensor_in(value: Any) -> Tensor | None:
 
 
 @contextmanager
-def caught(model: nn.Module, places: Sequence[Place]) -> Iterator[dict[Place, Tensor]]:
-    """Within the block the features at ``places`` are kept, those of the last call; the hooks are gone after it."""
+def caught(model: nn.Module, places: Sequence[Place], *, copied: bool = True) -> Iterator[dict[Place, Tensor]]:
+    """Within the block the features at ``places`` are kept, those of the last call; the hooks are gone after it.
+
+    ``copied``: outputs are kept as they were handed back, whatever is done in place to them afterwards.
+    """
     found: dict[Place, Tensor] = {}
     modules = dict(model.named_modules())
 
@@ -77,7 +80,7 @@ def caught(model: nn.Module, places: Sequence[Place]) -> Iterator[dict[Place, Te
         tensor = tensor_in(output if place.side == "out" else (inputs, named))
         if tensor is not None:
             found.pop(place, None)  # the order is that of the last calls
-            found[place] = tensor
+            found[place] = tensor.clone() if copied and place.side == "out" else tensor
 
     with ExitStack() as stack:
         for place in places:
@@ -101,17 +104,24 @@ def everywhere(model: nn.Module) -> list[Place]:
 
 
 def seen(model: nn.Module, features: Mapping[Place, Tensor], output: Tensor) -> list[Seen]:
-    """What was caught :func:`everywhere` and has one row for each sample, in the order of the calls."""
+    """What was caught :func:`everywhere` and has one row for each sample, in the order of the calls.
+
+    Channels are the second dimension; the last of (n, tokens, channels), unless it comes from a layer called ...1d, or
+    is as large as what one has handed back before.
+    """
     modules = dict(model.named_modules())
-    rows = []
+    rows, signals = [], set()
     for place, tensor in features.items():
         if tensor.ndim < 2 or not tensor.is_floating_point() or tensor.shape[0] != output.shape[0]:
             continue
         module = modules[place.path]
         weighted = any(p.ndim >= 2 for p in (*module.parameters(recurse=False), *module.buffers(recurse=False)))
         weighted = weighted or hasattr(module, "parametrizations")
+        if is_1d(module) and place.side == "out":
+            signals.add(tensor.shape[1:])
+        dim = 1 if tensor.ndim != 3 or is_1d(module) or tensor.shape[1:] in signals else 2
         same = tensor.data_ptr() == output.data_ptr() and tensor.numel() == output.numel()
-        rows.append(Seen(place, tuple(tensor.shape), channel_dim(module, tensor.shape), weighted, same))
+        rows.append(Seen(place, tuple(tensor.shape), dim, weighted, same))
     return rows
 
 

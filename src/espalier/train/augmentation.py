@@ -37,6 +37,29 @@ class Augmentation(Method):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Geometric(Augmentation):
+    """Moves pixels, and so goes with labels of whole images alone."""
+
+    def check(self, task: Task) -> None:
+        """No label may have a place in the image, unless it is made of the image itself and moves with it."""
+        batch = task.example()
+        flat, spec = _pytree.tree_flatten(batch)
+        place = next((n for n, leaf in enumerate(flat) if _is_images(leaf)), None)
+        if place is None:
+            return
+        images = flat[place]
+        blank = _pytree.tree_unflatten([*flat[:place], torch.zeros_like(images), *flat[place + 1 :]], spec)
+        for leaf, other in zip(*(_pytree.tree_leaves(task.target(b)) for b in (batch, blank)), strict=False):
+            dense = isinstance(leaf, Tensor) and leaf.ndim >= 3 and leaf.shape[-2:] == images.shape[-2:]
+            if dense and torch.equal(leaf, other):
+                raise UsageError(
+                    f"{self.name} moves the pixels of the images {tuple(images.shape)}, and their labels "
+                    f"{_describe(leaf)}, which have a place for each pixel, would stay where they are. Move both where "
+                    f"the batches are made, and leave {self.id} out of augment."
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Mixing(Augmentation):
     """Blends every image with another one of the batch, and so belongs to two labels."""
 

@@ -13,11 +13,11 @@ from typing import ClassVar
 from torch import Tensor
 
 from espalier.core.fields import Pixels
-from espalier.train.augmentation import Augmentation, Fill, random_window
+from espalier.train.augmentation import Fill, Geometric, random_window
 
 
 @dataclass(frozen=True, kw_only=True)
-class Crop(Augmentation):
+class Crop(Geometric):
     """A window of the image's own size out of the image padded by ``padding`` pixels on every side."""
 
     id: ClassVar[str] = "crop"

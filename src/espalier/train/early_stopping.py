@@ -1,8 +1,8 @@
 r"""Early stopping: the weights of the epoch that was best on val, and no more epochs than that takes.
 
 Paper    Prechelt. Early Stopping - But When? Neural Networks: Tricks of the Trade, 1998.
-Formula  stop after epoch e when no score of the last patience epochs is better than the best before them by more than
-         gain;   w <- w_best
+Formula  r <- e where score_e is better than score_r by more than gain (r: first the first epoch);   stop after epoch e
+         when e - r >= patience;   w <- w_best
 Departs  Judges the task's metric on val, not a generalisation loss; the paper's criterion UP with strips of one epoch.
 """
 

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from espalier.core.fields import Fraction
-from espalier.train.augmentation import Augmentation
+from espalier.train.augmentation import Geometric
 
 
 @dataclass(frozen=True, kw_only=True)
-class Flip(Augmentation):
+class Flip(Geometric):
     """Left and right swapped, each image by its own coin."""
 
     id: ClassVar[str] = "flip"

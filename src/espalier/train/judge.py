@@ -21,7 +21,7 @@ Stopped = Literal["", "patience", "time"]
 class Judge:
     """``settled``: epochs up to this one are no candidates for the best and exhaust no patience.
 
-    ``renewed_epoch``: the last one that was enough better than the one before it to renew the patience.
+    ``renewed_epoch``: the last one that was enough better than the one that renewed the patience before it.
     """
 
     task: Task

@@ -37,7 +37,7 @@ class LabelSmoothing(Method):
     def loss(self, task: Task) -> Callable[[Any, Any], Tensor]:
         """``(output, batch) -> scalar``. Raises ``UsageError`` where the task's loss is no cross-entropy on indices."""
         options: dict[str, Any] = {}
-        if isinstance(task.loss, nn.CrossEntropyLoss):
+        if type(task.loss) is nn.CrossEntropyLoss:  # what is derived from it is another loss
             given = task.loss
             options = {"weight": given.weight, "ignore_index": given.ignore_index, "reduction": given.reduction}
             if given.label_smoothing:

@@ -84,8 +84,6 @@ def fit(
     if not epochs:
         return FitResult()
     loader = context.data.data("train")
-    for part in augment:
-        part.check(context.data)
     if optimizer is None:
         optimizer = AdamW().over(model)
     original = context.models.get("original")
@@ -103,6 +101,8 @@ def fit(
             callbacks = (*callbacks, average)
         begin = stack.enter_context(seeded_epochs(context, name, loader))
         begin(0)
+        for part in augment:
+            part.check(context.data)
         trainer = _Trainer(
             loop=Loop(model, optimizer, context, torch.Generator(), epochs, _count(loader)),
             judge=Judge(task=context.data, original=original, stopping=stopping, settled=settled),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from espalier.core.callback import Callback, Loop
 from espalier.core.fields import Penalty
@@ -18,7 +18,7 @@ from espalier.train.proximal import step_sizes
 
 @dataclass(frozen=True, kw_only=True)
 class WeightPenalty(Method):
-    """A cost per weight. Biases and norm layers (tensors of less than two dimensions) are left alone."""
+    """A cost per weight. Biases (tensors of less than two dimensions) and norm layers are left alone."""
 
     kind: ClassVar[str] = "penalty"
     strength: Penalty = 1e-4
@@ -49,7 +49,11 @@ class Penalties(Callback):
 
     def on_epoch_start(self, loop: Loop) -> None:
         """Look the weights up: another callback may have changed their form."""
-        self.weights = [s for s in slots(loop.model).values() if s.latent.requires_grad and len(s.shape) >= 2]
+        self.weights = [
+            slot for slot in slots(loop.model).values()
+            if slot.latent.requires_grad and len(slot.shape) >= 2
+            and not all(isinstance(owner, (nn.LayerNorm, nn.RMSNorm)) for _, owner, _ in slot.owners)
+        ]  # fmt: skip
 
     def loss(self, loop: Loop, batch: Any, output: Any, loss: Tensor) -> Tensor:
         """The loss with the penalties added."""

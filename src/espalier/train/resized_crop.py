@@ -19,14 +19,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from espalier.core.fields import Fraction, Positive
-from espalier.train.augmentation import Augmentation
+from espalier.train.augmentation import Geometric
 
 DRAWS = 10
 """How many shapes are drawn for each image; the first that fits is taken."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ResizedCrop(Augmentation):
+class ResizedCrop(Geometric):
     """``area``: smallest and largest share of the image; ``ratio``: smallest and largest width over height."""
 
     id: ClassVar[str] = "resized-crop"

@@ -13,11 +13,11 @@ from typing import ClassVar
 from torch import Tensor
 
 from espalier.core.fields import Pixels
-from espalier.train.augmentation import Augmentation, Fill, random_window
+from espalier.train.augmentation import Fill, Geometric, random_window
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shift(Augmentation):
+class Shift(Geometric):
     """The image moved by at most ``pixels`` per axis; ``fill="edge"`` where the background is not zero (normalised)."""
 
     id: ClassVar[str] = "shift"
