@@ -7,8 +7,9 @@ channels, 3 x 3, and a matrix of 1024 x 1024. CP is at equal numbers: three mode
 ``latency`` rows: the dense layer, espalier's row of plain layers and tensorly-torch's layer of the same kind at about
 as many numbers (for a matrix its block tensor train), in turn, in torch. Weights are random with singular values that
 fall as k^-0.7, which changes no time of a layer. One thread; medians with the 10th and 90th percentile. tensorly and
-tensorly-torch: see benchmarks/requirements.txt; without the latter its columns are missing. Rows in results/decompositions.json are kept
-(``--again`` measures them anew); ``--quick`` is the same in fewer repeats, into a file of its own.
+tensorly-torch: see benchmarks/requirements.txt; without the latter its columns are missing. Rows in
+results/decompositions.json are kept (``--again`` measures them anew); ``--quick`` is the same in fewer repeats, into a
+file of its own.
 """
 
 from __future__ import annotations

@@ -397,10 +397,11 @@ def curves(file: str) -> list[str]:
 def federated() -> list[str]:
     """Accuracy and bytes of all rounds, with the dense messages as the measure."""
     found = [row for row in rows("federated") if "test_accuracy" in row["measured"]]
-    dense = {(row["setting"]["mode"], row["seed"]): row["measured"] for row in found if row["id"] == "dense"}
     many: dict[tuple[str, str], list[Row]] = {}
     for row in found:
-        many.setdefault((row["setting"]["mode"], row["id"]), []).append(row)
+        mode, *messages, _ = row["row"].split(", ")
+        many.setdefault((mode, ", ".join(messages)), []).append(row)
+    dense = {(mode, row["seed"]): row["measured"] for (mode, name), g in many.items() if name == "dense" for row in g}
     body = []
     for (mode, name), group in many.items():
         pairs = [(row["measured"], dense[mode, row["seed"]]) for row in group if (mode, row["seed"]) in dense]
@@ -434,7 +435,7 @@ def combinations(network: str) -> list[str]:
                 f"{spread([m['test_error'] for m in good])} ({sizes})" if good else "out of reach" * bool(group)
             )
         body.append([name, *cells])
-    return table(["methods", *(f"test error % at {goal}" for goal in goals)], body)
+    return table(["methods", *(f"test error %, {goal}" for goal in goals)], body)
 
 
 def smaller(file: str) -> list[str]:

@@ -3,8 +3,8 @@ r"""L1 penalty with exact zeros: iterative soft thresholding.
 Paper    Tibshirani. Regression Shrinkage and Selection via the Lasso. J. R. Stat. Soc. B 58, 1996;
          Daubechies, Defrise, De Mol. An iterative thresholding algorithm. Comm. Pure Appl. Math. 57, 2004
 Formula  L + strength * sum |w|:   w <- sign(w) max(|w| - step * strength, 0) after every step of the optimizer
-Departs  step is the optimizer's: lr / (1 - momentum), and lr / (sqrt(v) + eps) per weight with Adam. The largest weight
-         of a layer stays where all others are zero.
+Departs  step is the optimizer's: lr / (1 - momentum), and lr / (sqrt(v) + eps) per weight with Adam, sqrt(v) being a
+         tenth of its mean over the tensor at least. The largest weight of a layer stays where all others are zero.
 """
 
 from __future__ import annotations
