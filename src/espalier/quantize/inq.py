@@ -53,7 +53,7 @@ def power_levels(weight: Tensor, bits: int, kept: Tensor | None = None) -> Tenso
 def to_powers(weight: Tensor, levels: Tensor) -> Tensor:
     """``weight`` on ``+-levels`` (eq. 4), in its dtype."""
     limits = (levels[:-1] + levels[1:]) / 2
-    index = torch.bucketize(weight.detach().abs().to(torch.float64), limits.double(), right=True)
+    index = torch.bucketize(weight.detach().abs().to(torch.float64).contiguous(), limits.double(), right=True)
     return torch.where(weight < 0, -levels[index], levels[index]).to(weight.dtype)
 
 
