@@ -144,9 +144,8 @@ class Context:
         """Raise one ``NeedError`` for everything ``method`` needs that is not here, before any work starts."""
         missing = [need for need in sorted(method.needs) if not self._offers(need)]
         if missing:
-            close = [
-                did_you_mean(need[6:], {"original", *self.models}) for need in missing if need.startswith("model:")
-            ]
+            models = [need.removeprefix("model:") for need in missing if need.startswith("model:")]
+            close = [did_you_mean(name, {"original", *self.models}) for name in models]
             raise NeedError(f"{method.name} needs {', '.join(_say(need) for need in missing)}.{''.join(close[:1])}")
 
     def _offers(self, need: str) -> bool:

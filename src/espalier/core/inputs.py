@@ -73,11 +73,13 @@ class Input:
 class ActivationQuantizer(Method):
     """How the input of a layer becomes values of a small set. ``widths``: the bits it can do.
 
+    ``at_ends``: whether it is fit for the first and the last layer of a network in which these have bits of their own.
     In eval mode only operators of the graph's table may run, with the state as tensors.
     """
 
     kind: ClassVar[str] = "activation quantizer"
     widths: ClassVar[tuple[int, ...]] = tuple(range(1, 17))
+    at_ends: ClassVar[bool] = True
 
     def start(self, observed: Observed, bits: int, *, signed: bool) -> dict[str, Tensor]:
         """The state to begin with: ``nn.Parameter`` for what is learned. Shapes depend on ``bits`` alone."""

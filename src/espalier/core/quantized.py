@@ -26,6 +26,7 @@ from espalier.core.representation import Affine, Codebook, Representation
 
 if TYPE_CHECKING:
     from espalier.core.context import Context
+    from espalier.core.inputs import ActivationQuantizer
     from espalier.core.parametrize import Slot
 
 LARGEST_TABLE = 2**16
@@ -131,6 +132,10 @@ class WeightQuantizer(Method):
 
     def refuses(self, slot: Slot) -> str | None:
         """Why this weight cannot be quantized so; None where it can."""
+        return None
+
+    def refuses_inputs(self, method: ActivationQuantizer) -> str | None:
+        """Why the input of the same layer cannot be quantized by ``method``; None where it can."""
         return None
 
     def restarts(self, bits: int) -> tuple[float, ...]:

@@ -58,6 +58,7 @@ class DoReFaInput(ActivationQuantizer):
     """The range is fixed: inputs beyond 1 are clipped, those of first and last layer only with ``ends=same``."""
 
     id: ClassVar[str] = "dorefa-input"
+    at_ends: ClassVar[bool] = False
 
     def start(self, observed: Observed, bits: int, *, signed: bool) -> dict[str, Tensor]:
         zero = 2 ** (bits - 1) if signed and bits > 1 else 0

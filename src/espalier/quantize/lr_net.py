@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from espalier.core.callback import Loop
 from espalier.core.fields import Penalty, Positive
-from espalier.core.inputs import quantized_input
+from espalier.core.inputs import ActivationQuantizer, quantized_input
 from espalier.core.parametrize import Slot, slots
 from espalier.core.quantized import Weight, WeightQuantizer, affine
 from espalier.core.representation import Representation
@@ -107,8 +107,11 @@ class LrNet(WeightQuantizer):
 
     def refuses(self, slot: Slot) -> str | None:
         inputs = [quantized_input(module) for _, module, _ in slot.owners]
-        scaled = any(quantizer is not None and isinstance(quantizer.method, XNORInput) for quantizer in inputs)
-        return UNSCALED if scaled else None
+        reasons = (self.refuses_inputs(quantizer.method) for quantizer in inputs if quantizer is not None)
+        return next((reason for reason in reasons if reason is not None), None)
+
+    def refuses_inputs(self, method: ActivationQuantizer) -> str | None:
+        return UNSCALED if isinstance(method, XNORInput) else None
 
     def quantize(self, w: Weight) -> Tensor:
         mean, variance = moments(w.latent)

@@ -29,12 +29,9 @@ from espalier.core.quantized import QuantizedWeight, WeightQuantizer
 from espalier.quantize.affine import Affine, AffineInput
 from espalier.quantize.calibrate import observe
 from espalier.quantize.coverage import coverage
-from espalier.quantize.dorefa import DoReFaInput
 from espalier.quantize.gradients import Gradients
-from espalier.quantize.lr_net import UNSCALED, LrNet
 from espalier.quantize.parts import GradientQuantizer, LayerSolver, Scheme, Stage, default_bits
 from espalier.quantize.places import Place, chosen, input_layers, output_axis
-from espalier.quantize.xnor import XNORInput
 from espalier.train import Training
 from espalier.train.batch_norm import reestimate
 from espalier.train.layers import in_order
@@ -185,7 +182,7 @@ class Quantize(Training):
         bits = place.input_bits if place.input_bits is not None else default_bits(method.widths)
         if place.end and isinstance(self.ends, int):
             bits = max(bits, self.ends)
-            method = method if bits in method.widths and not isinstance(method, DoReFaInput) else AffineInput()
+            method = method if bits in method.widths and method.at_ends else AffineInput()
         return method, bits
 
     def _inputs(
@@ -316,8 +313,9 @@ def _training(method: Quantize) -> list[str]:
         found.append("gradients and errors exist in training only: give epochs")
     if method.reestimate and not method.epochs:
         found.append("reestimate needs epochs; without any add the step train.batch-norm")
-    if isinstance(method.weights, LrNet) and isinstance(method.activations, XNORInput):
-        found.append(UNSCALED)
+    if method.weights is not None and method.activations is not None:
+        reason = method.weights.refuses_inputs(method.activations)
+        found += [] if reason is None else [reason]
     if method.schemes and not method.epochs:
         found.append("schemes divide a training: give epochs")
     if method.schemes and method.epochs and len(method.stages()) > method.epochs:

@@ -8,7 +8,8 @@ Formula  grid g = alpha [-2^(b-1), ..., 2^(b-1) - 1], or alpha [0, ..., 2^b - 1]
          (RQ-ST);   in use x^ = alpha round(x / alpha), clipped
 Departs  alpha and sigma are learned through their logarithms, which keeps them positive and one learning rate right for
          both. The local grid is the points up to ``reach`` sigma from the nearest point, at least one on either side.
-         alpha starts as (max - min) / 2^b, sigma as a third of it. The offset beta of the grid is zero.
+         alpha starts as (max - min) / 2^b, sigma as a third of it. The offset beta of the grid is zero. A value
+         farther than 20 sigma from the grid has the chances of one at 20 sigma, which differ by e^-20.
 """
 
 from __future__ import annotations
