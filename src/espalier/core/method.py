@@ -226,8 +226,17 @@ def _check(field: Field, value: Any) -> list[str]:
     if not fits(field.annotation, value):
         if hint := _part_hint(field, value):
             return [hint]
-        return [f"{field.name}={value!r} is not of type {field.type_name}"]
+        known = ", ".join(sorted(_parts(field)))
+        return [f"{field.name}={value!r} is not of type {field.type_name}" + (f" (one of: {known})" if known else "")]
     return []
+
+
+def _parts(field: Field) -> dict[str, type[Method]]:
+    """The parts that ``field`` takes, by id; of the rooms that were imported."""
+    from espalier.core.registry import methods, part_type
+
+    base = part_type(field)
+    return {} if base is None else {cls.id: cls for cls in methods() if issubclass(cls, base)}
 
 
 def _part_hint(field: Field, value: Any) -> str:
@@ -235,14 +244,14 @@ def _part_hint(field: Field, value: Any) -> str:
 
     The names are those of the rooms that were imported: the caller's class comes from one of them.
     """
-    from espalier.core.registry import methods, part_type
+    from espalier.core.registry import part_type
 
     base = part_type(field)
     wrong = [item for item in (value if isinstance(value, tuple) else (value,)) if isinstance(item, (str, type))]
     if base is None or not wrong:
         return ""
     item, label = wrong[0], field.name
-    parts = {cls.id: cls for cls in methods() if issubclass(cls, base)}
+    parts = _parts(field)
     if isinstance(item, type):
         if not issubclass(item, base):
             return ""
