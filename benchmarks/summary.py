@@ -215,7 +215,7 @@ def lowbit(network: str) -> list[str]:
 def _lowbit(found: list[Row]) -> list[str]:
     if not found:
         return []
-    base = {row["seed"]: row["measured"]["test_error"] for row in found if row["id"].startswith("fp32,")}
+    base = {row["seed"]: row["measured"]["test_error"] for row in found if row["id"] == "fp32, 32/32"}
     many: dict[str, list[Row]] = {}
     for row in found:
         many.setdefault(row["id"], []).append(row)
