@@ -4,10 +4,11 @@ python benchmarks/factors.py [--quick] [--only WORD ...] [--again] [--seed 0] [-
 
 The networks, their training, the files and how they are judged are those of benchmarks/structured.py, whose rows of
 shared weights these stand beside: the same ids of rows, the same fine-tuning. Every method keeps the largest share of
-each layer's numbers with which the fp32 file, loaded again, is 2 or 4 times shorter than the network's; ``reached`` is
-false where no share does. Methods for convolutions take matrices by SVD, and the other way round, so that each works on
-the whole network. Rows in results/factors.json are kept (``--again`` measures them anew); ``--quick`` has a file of its
-own.
+the numbers with which the fp32 file, loaded again, is 2 or 4 times shorter than the network's; ``reached`` is false
+where no share does. Ranks come from one budget for the layers that a method splits, in the row of equal shares from
+each layer alone. Methods for convolutions take matrices by SVD, and the other way round, each with a budget of its own,
+so that each works on the whole network; where there are no convolutions, as in stories260K, such rows are left out.
+Rows in results/factors.json are kept (``--again`` measures them anew); ``--quick`` has a file of its own.
 """
 
 from __future__ import annotations
@@ -33,39 +34,38 @@ from espalier.core.recipe import Recipe
 BATCHES = 8
 
 
-def whole(first: f.Factorization, second: f.Factorization | None = None) -> Callable[[float], Technique]:
-    """``first``, then what it does not split by ``second``, both at a share of each layer's numbers."""
+def whole(
+    first: f.Factorization, second: f.Factorization | None = None, rule: type[f.Budget] | type[f.Ratio] = f.Budget
+) -> Callable[[float], Technique]:
+    """``first``, then what it does not split by ``second``, both at a share of the numbers."""
 
     def made(keep: float) -> Technique:
-        rank = f.Ratio(keep=keep)
+        rank = rule(keep=keep)
         steps = [method.replace(rank=rank) for method in (first, second) if method is not None]
         return steps[0] if len(steps) == 1 else Recipe(steps=tuple(steps))
 
     return made
 
 
-def one_budget(keep: float) -> Technique:
-    """Output-aware, at the ranks of one budget for all layers."""
-    return f.Autoencoder(rank=f.Budget(keep=keep), batches=BATCHES)
-
-
 ENTRIES = (
     Entry("factorize.svd", "svd, convolutions by channel-svd", whole(f.SVD(), f.ChannelSVD())),
+    Entry("factorize.ratio", "svd and channel-svd, equal shares", whole(f.SVD(), f.ChannelSVD(), f.Ratio)),
+    Entry("factorize.autoencoder", "autoencoder of the outputs", whole(f.Autoencoder(batches=BATCHES))),
+    Entry("factorize.autoencoder", "autoencoder with a ReLU", whole(f.Autoencoder(hidden="relu", batches=BATCHES))),
+    Entry("factorize.activation-aware-svd", "activation-aware", whole(f.ActivationAwareSVD(batches=BATCHES))),
+)
+OF_CONVOLUTIONS = (
     Entry("factorize.spatial-svd", "spatial-svd", whole(f.SpatialSVD(), f.SVD())),
     Entry("factorize.tucker", "tucker", whole(f.Tucker(), f.SVD())),
     Entry("factorize.cp", "cp", whole(f.CP(starts=1, sweeps=50), f.SVD())),
-    Entry("factorize.tensor-train", "tensor-train", whole(f.TensorTrain(), f.SVD())),
+    Entry("factorize.tensor-train", "tensor-train", whole(f.TensorTrain())),
     Entry("factorize.basis-filters", "basis-filters", whole(f.BasisFilters(), f.SVD())),
-    Entry("factorize.autoencoder", "autoencoder of the outputs", whole(f.Autoencoder(batches=BATCHES), f.SVD())),
-    Entry("factorize.autoencoder", "autoencoder with a ReLU", whole(f.Autoencoder(hidden="relu"), f.SVD())),
-    Entry("factorize.activation-aware-svd", "activation-aware", whole(f.ActivationAwareSVD(batches=BATCHES), f.SVD())),
-    Entry("factorize.budget", "autoencoder, one budget", one_budget),
 )
 
 
 def trained_low(keep: float, epochs: int) -> Technique:
     """Truncated while it trains; with no epochs the same sizes without the training."""
-    return f.LowRankTraining(epochs=epochs, form="truncated", rank=f.Ratio(keep=keep), lr=1e-3)
+    return f.LowRankTraining(epochs=epochs, form="truncated", rank=f.Budget(keep=keep), lr=1e-3)
 
 
 def method_row(entry: Entry, factor: int, about: About) -> dict[str, Any]:
@@ -103,7 +103,8 @@ def jobs(folder: Path, seed: int, *, quick: bool) -> Iterator[Job]:
         described, about = {"network": name, **dataclasses.asdict(setting)}, (name, setting, folder, seed, quick)
         yield "dense", f"{name}, seed {seed}", partial(dense_row, about), described
         for factor in FACTORS:
-            for entry in (*ENTRIES, low):
+            convolutions = OF_CONVOLUTIONS if name != "stories260K" else ()
+            for entry in (*ENTRIES, *convolutions, low):
                 row = f"{name}, {entry.what}, {factor} times fewer bytes, seed {seed}"
                 yield entry.id, row, partial(method_row, entry, factor, about), described
 

@@ -198,7 +198,7 @@ def test_phases() -> None:
     with pytest.raises(PhaseError, match="folding would change weight, whose pruned positions are fixed"):
         require_phase(slot, ("dense",), "folding")
     attach(slot, grid(slot.value()))
-    with pytest.raises(PhaseError, match=r"values are fixed to shared codes.*densify=true"):
+    with pytest.raises(PhaseError, match=r"values are made from codes or few numbers.*densify=true"):
         require_phase(slot, ("dense", "mask"), "pruning")
     before = slot.value()
     require_phase(slot, ("dense", "mask"), "pruning", densify=True)

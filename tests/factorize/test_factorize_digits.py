@@ -77,7 +77,7 @@ def test_the_file_is_smaller_and_the_outputs_are_close(method: Factorization) ->
 
 @pytest.mark.parametrize("order", ["saving", "error"])
 def test_some_layers_then_fine_tuning_then_the_next(order: str) -> None:
-    method = ChannelSVD(per_round=1, epochs=1, lr=1e-3, order=order)  # type: ignore[arg-type]
+    method = ChannelSVD(per_round=1, epochs=1, lr=1e-3, order=order, rank=Ratio())  # type: ignore[arg-type]
     model, task = trained(), digits()
     after, record = run(method, model, task)
     rows = record.details["factors"]
@@ -86,20 +86,20 @@ def test_some_layers_then_fine_tuning_then_the_next(order: str) -> None:
         savings = [row["parameters"][0] - row["parameters"][1] for row in rows]
         assert savings == sorted(savings, reverse=True)
     else:
-        _, at_once = run(ChannelSVD(order="error"), model, task)
+        _, at_once = run(ChannelSVD(order="error", rank=Ratio()), model, task)
         assert [row["name"] for row in rows] == [row["name"] for row in at_once.details["factors"]]
         errors = [row["error"] for row in at_once.details["factors"]]
         assert errors == sorted(errors)
-    alone, _ = run(ChannelSVD(), model, task)
+    alone, _ = run(ChannelSVD(rank=Ratio()), model, task)
     assert task.measure(after, "val").value > task.measure(alone, "val").value
     assert numbers(after) == numbers(alone)
 
 
 def test_later_rounds_split_the_weights_as_they_are_then() -> None:
     model, task = trained(), digits()
-    after, record = run(SVD(per_round=1, epochs=1, lr=3e-3), model, task)
+    after, record = run(SVD(per_round=1, epochs=1, lr=3e-3, rank=Ratio()), model, task)
     first, second = record.details["factors"]
-    _, whole = run(SVD(), model, task)
+    _, whole = run(SVD(rank=Ratio()), model, task)
     assert first["error"] == whole.details["factors"][0]["error"]
     assert second["error"] != whole.details["factors"][1]["error"]
     assert second["ranks"] == whole.details["factors"][1]["ranks"]  # chosen once, for all rounds
@@ -127,9 +127,9 @@ class Kept(Context):
 
 
 @pytest.mark.parametrize(("method", "stop"), [
-    (ChannelSVD(per_round=2, epochs=2), 1), (ChannelSVD(per_round=2, epochs=2), 3), (LowRankTraining(epochs=3), 2),
+    (ChannelSVD(per_round=1, epochs=2), 1), (ChannelSVD(per_round=1, epochs=2), 3), (LowRankTraining(epochs=3), 2),
     (LowRankTraining(epochs=2, form="truncated"), 1),
-    (Autoencoder(hidden="relu", passes=2, samples=256, layers=("9", "11")), 3),
+    (Autoencoder(hidden="relu", passes=2, samples=256, layers=("9", "11"), rank=Ratio()), 3),
 ], ids=["first round", "second round", "nuclear", "truncated", "coder"])  # fmt: skip
 def test_a_stopped_run_goes_on_bit_for_bit(method: Factorization, stop: int, tmp_path: Path) -> None:
     model, task = trained(), digits()
@@ -148,6 +148,13 @@ def test_the_nuclear_norm_lowers_the_rank() -> None:
         values = torch.linalg.svdvals(layers[0].slot.value())
         tails.append(float(values[8:].square().sum() / values.square().sum()))
     assert tails[1] < 0.5 * tails[0]
+
+
+def test_truncated_training_leaves_alone_what_the_budget_does_not_ask_for() -> None:
+    method = LowRankTraining(epochs=1, form="truncated", rank=Budget(keep=0.95))
+    after, record = run(method, trained().to(memory_format=torch.channels_last), digits())
+    assert len(record.details["factors"]) == 1
+    assert type(after[2]) is nn.Conv2d  # type: ignore[index]
 
 
 def test_truncated_training_ends_at_the_rank() -> None:

@@ -67,6 +67,15 @@ def test_a_tied_weight_stays_tied_and_is_kept_as_factors() -> None:
     assert "2 places (embed.weight, head.weight)" in record.details["factors"][0]["why"]
 
 
+def test_what_an_earlier_step_keeps_as_factors_is_left_alone_unless_named() -> None:
+    _, after, _ = on("tied", SVD())
+    again, record = run(ChannelSVD(), after)
+    assert kept_as_factors(again) == kept_as_factors(after)
+    assert skipped(record)["embed.weight"] == "an earlier step keeps it as factors"
+    with pytest.raises(PhaseError, match="densify"):
+        run(SVD(layers=("embed",)), after)
+
+
 def test_a_layer_under_two_names_is_kept_as_factors() -> None:
     _, after, _ = on("twice", SVD())
     assert kept_as_factors(after) == {"block.weight": 1}
@@ -89,7 +98,7 @@ def test_a_bias_of_two_layers_stays_theirs() -> None:
     ("frozen", ["0.weight"]),
 ])  # fmt: skip
 def test_what_its_module_reads_itself_is_kept_as_factors(name: str, weights: list[str]) -> None:
-    model, after, _ = on(name, SVD())
+    model, after, _ = on(name, SVD(rank=Ratio()))
     assert sorted(kept_as_factors(after)) == sorted(weights)
     for weight in weights:
         slot, before = slots(after)[weight], slots(model)[weight]
@@ -123,7 +132,7 @@ def test_the_layers_of_a_transformer_stay_where_they_are_read() -> None:
     with seeded():
         model, x = nn.Sequential(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)).eval(), torch.randn(2, 5, 16)
     for task in (None, task_of((x,))):
-        after, _ = run(SVD(), model, task)
+        after, _ = run(SVD(rank=Ratio()), model, task)
         assert set(kept_as_factors(after)) == {
             "0.self_attn.in_proj_weight", "0.self_attn.out_proj.weight", "0.linear1.weight", "0.linear2.weight",
         }  # fmt: skip
@@ -211,7 +220,7 @@ def test_the_plan_builds_the_same_layers() -> None:
                               nn.Linear(8 * 36, 24), nn.Embedding(10, 3))  # fmt: skip
         fresh = nn.Sequential(nn.Conv2d(6, 8, 3, padding="same", padding_mode="reflect"), nn.Flatten(),
                               nn.Linear(8 * 36, 24), nn.Embedding(10, 3))  # fmt: skip
-    after, _ = run(SVD(), model)
+    after, _ = run(SVD(rank=Ratio()), model)
     after, _ = run(Tucker(), after)
     plan = Plan.from_json(applied(after).to_json())
     assert len(plan.edits) == 3

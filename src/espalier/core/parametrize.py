@@ -211,7 +211,7 @@ def require_phase(slot: Slot, allowed: tuple[Phase, ...], who: str, *, densify: 
     if densify:
         bake(slot)
         return
-    fixed = {"mask": "pruned positions are fixed", "codes": "values are fixed to shared codes"}[slot.phase]
+    fixed = {"mask": "pruned positions are fixed", "codes": "values are made from codes or few numbers"}[slot.phase]
     raise PhaseError(
         f"{who} would change {slot.name}, whose {fixed} by an earlier step. Put {who} before that step, "
         "or pass densify=true to give up what the earlier step fixed."

@@ -1,12 +1,17 @@
 r"""CP decomposition: a convolution as a sum of separable ones.
 
 Paper    Lebedev, Ganin, Rakhuba, Oseledets, Lempitsky. Speeding-up Convolutional Neural Networks Using Fine-tuned
-         CP-Decomposition. ICLR 2015. arXiv:1412.6553
+         CP-Decomposition. ICLR 2015. arXiv:1412.6553. Phan, Sobolev, Sozykin, Ermilov, Gusak, Tichavsky, Glukhov,
+         Oseledets, Cichocki. Stable Low-rank Tensor Decomposition for Compression of Convolutional Neural Network.
+         ECCV 2020. arXiv:2008.05441 (why terms must stay small)
 Formula  W[o, i, x, y] ~ sum_r A[o, r] B[i, r] V[x, r] H[y, r]: 1 x 1 by B, depthwise k_h x 1 by V and 1 x k_w by H,
          1 x 1 by A with the bias;   with modes=3 V H is one kernel C[x y, r]
+         min ||W - sum_r T_r||^2 + penalty e^2 sum_r ||T_r||^2, e the share of ||W|| that is missed
 Departs  Alternating least squares (the paper: nonlinear least squares), and three modes by default, which fits faster
-         and at least as well with as many numbers. Each term is spread evenly over its factors. What a rank loses is
-         read off fits at a few ranks, with straight lines between. Groups of a convolution are split one by one.
+         and at least as well with as many numbers. Terms that grow against each other, which fine-tuning cannot
+         follow, are held by a penalty; Phan et al. lower their sensitivity at a given error. Each term is spread
+         evenly over its factors. What a rank loses is read off fits at a few ranks, with straight lines between.
+         Groups of a convolution are split one by one.
 """
 
 from __future__ import annotations
@@ -42,8 +47,7 @@ def cp(
 ) -> list[Tensor]:
     """Factors (n_k, rank), one for each dimension of ``tensor``; each term spread evenly over them.
 
-    From several ``starts`` by chance, that which is best after a few sweeps goes on. ``penalty`` is that of a tensor
-    of norm 1.
+    From several ``starts`` by chance, that which is best after a few sweeps goes on.
     """
     norm = float(tensor.double().norm())
     if not norm:
@@ -69,8 +73,9 @@ def least_squares(tensor: Tensor, factors: list[Tensor], sweeps: int, penalty: f
         before = list(factors)
         for mode in range(tensor.ndim):
             gram = products(factors, mode)
+            shrink = penalty * errors[-1] ** 2 * gram.diagonal()
             held = RIDGE * gram.diagonal().max().clamp(min=torch.finfo(torch.float32).tiny)
-            root, _ = torch.linalg.cholesky_ex(gram + (penalty + held) * torch.eye(len(gram)).to(gram))
+            root, _ = torch.linalg.cholesky_ex(gram + torch.diag(shrink + held))
             spread = root.diagonal().square()
             if tensor.dtype != torch.float64 and (spread.min() < CLEAR * spread.max() or errors[-1] < CLOSE):
                 tensor, factors = tensor.double(), [factor.double() for factor in factors]
@@ -197,15 +202,15 @@ class Separable(Split):
 class CP(Factorization):
     """For convolutions. ``modes``: 3, or ``"all"`` with each axis of the kernel apart.
 
-    ``sweeps`` of least squares from the best of ``starts`` by chance; ``penalty`` on the squared factors, for a weight
-    of norm 1, keeps terms from growing against each other.
+    ``sweeps`` of least squares from the best of ``starts`` by chance. ``penalty``: of the squared norms of the terms,
+    times the squared relative error, so that a weight of low rank is still found exactly.
     """
 
     id: ClassVar[str] = "cp"
     modes: Literal[3, "all"] = 3
     sweeps: Rounds = 100
     starts: Rounds = 3
-    penalty: Penalty = 0.0
+    penalty: Penalty = 0.03
 
     def split(self, layer: Layer, seen: Any, context: Context) -> Split | str:
         """One rank."""

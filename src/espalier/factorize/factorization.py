@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from espalier.core.context import Context
 from espalier.core.edits import Replace
 from espalier.core.fields import Count, Epochs
-from espalier.core.parametrize import attach
+from espalier.core.parametrize import Slot, attach
 from espalier.core.plan import Plan
 from espalier.core.selection import select
 from espalier.core.structures import LowRank
 from espalier.core.structures.form import StructuredWeight
+from espalier.factorize.budget import Budget
 from espalier.factorize.layer import Layer, layers_of, row_around
 from espalier.factorize.rank import RankChoice
-from espalier.factorize.ratio import Ratio
 from espalier.factorize.split import Pair, Ranks, Split, relative_error
 from espalier.train import Training
 
@@ -39,7 +39,7 @@ class Factorization(Training):
     """Whether the method also splits a weight whose module must stay."""
 
     epochs: Epochs = 0
-    rank: RankChoice = field(default_factory=Ratio)
+    rank: RankChoice = field(default_factory=Budget)
     layers: tuple[str, ...] = ("*",)
     per_round: Count = 0
     order: Literal["saving", "error"] = "saving"
@@ -81,6 +81,8 @@ class Factorization(Training):
         for slot in select(model, self.layers, who=self.name):
             if self.layers == ("*",) and (row := row_around(model, slot)):
                 context.skip(slot.name, f"it is in the row that an earlier step put in the place of {row}")
+            elif self.layers == ("*",) and not self.densify and _is_low_rank(slot):
+                context.skip(slot.name, "an earlier step keeps it as factors")
             else:
                 chosen.append(slot)
         return layers_of(model, chosen, context, who=self.name, densify=self.densify, weights=self.weights)
@@ -139,6 +141,10 @@ class Factorization(Training):
         right, left = weights
         structure = LowRank(shape=tuple(layer.slot.shape), rank=rank)
         attach(layer.slot, StructuredWeight(structure, torch.cat([left.reshape(-1), right.reshape(-1)])))
+
+
+def _is_low_rank(slot: Slot) -> bool:
+    return isinstance(slot.form, StructuredWeight) and isinstance(slot.form.structure, LowRank)
 
 
 def fill_row(

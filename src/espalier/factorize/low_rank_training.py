@@ -59,10 +59,9 @@ class TowardsLowRank(Callback):
         else:
             quiet = replace(loop.context, record=Record("", ""))  # the ranks of every update are no news
             chosen = method.rank.choose(splits, loop.model, quiet)
-            made = [
-                split.matrices if ranks is None else truncated(split.matrices, ranks[0])
-                for split, ranks in zip(splits, chosen, strict=True)
-            ]
+            kept = [(split, ranks[0]) for split, ranks in zip(splits, chosen, strict=True) if ranks is not None]
+            splits = [split for split, _ in kept]
+            made = [truncated(split.matrices, rank) for split, rank in kept]
         with torch.no_grad():
             for split, matrix in zip(splits, made, strict=True):
                 layer = split.layer
