@@ -20,7 +20,7 @@ from espalier.core.context import Context
 from espalier.core.fields import Fraction
 from espalier.core.method import Technique, field_names
 from espalier.core.selection import weights
-from espalier.factorize import SVD, Budget, Factorization, Tucker
+from espalier.factorize import SVD, Factorization, Tucker
 from espalier.quantize import PTQInt8
 from espalier.train import Finetune
 
@@ -36,8 +36,8 @@ class LowRankInt8(Technique):
 
     id: ClassVar[str] = "low-rank-then-int8"
     strength: Fraction | None = 0.5
-    convolutions: Factorization = field(default_factory=lambda: Tucker(rank=Budget()))
-    matrices: Factorization = field(default_factory=lambda: SVD(rank=Budget()))
+    convolutions: Factorization = field(default_factory=Tucker)
+    matrices: Factorization = field(default_factory=SVD)
     finetune: Finetune = field(default_factory=lambda: Finetune(epochs=15, lr=1e-3))
     ptq: PTQInt8 = field(default_factory=PTQInt8)
 
