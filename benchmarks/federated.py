@@ -58,6 +58,7 @@ FULL = Setting("full", 55_000, 10_000, rounds=60, epochs=1, lr=0.05)
 
 ROWS: dict[str, dict[str, Any]] = {
     DENSE: {"sparsity": 0.0, "bits": None, "down": False},
+    "20 %, 1 bit": {"sparsity": 0.8, "bits": 1},
     "10 %, 1 bit": {"sparsity": 0.9, "bits": 1},
     "5 %, 1 bit": {"sparsity": 0.95, "bits": 1},
     "1 %, 1 bit": {"sparsity": 0.99, "bits": 1},
