@@ -5,10 +5,10 @@ python benchmarks/factors.py [--quick] [--only WORD ...] [--again] [--seed 0] [-
 The networks, their training, the files and how they are judged are those of benchmarks/structured.py, whose rows of
 shared weights these stand beside: the same ids of rows, the same fine-tuning. Every method keeps the largest share of
 the numbers with which the fp32 file, loaded again, is 2 or 4 times shorter than the network's; ``reached`` is false
-where no share does. Ranks come from one budget for the layers that a method splits, in the row of equal shares from
-each layer alone. Methods for convolutions take matrices by SVD, and the other way round, each with a budget of its own,
-so that each works on the whole network; where there are no convolutions, as in stories260K, such rows are left out.
-Rows in results/factors.json are kept (``--again`` measures them anew); ``--quick`` has a file of its own.
+where no share does. Ranks come from one budget for all layers that a method splits; in rows of equal shares from each
+layer alone. Methods for convolutions leave the matrix of ResNet-20 alone; on LeNet-5, whose matrices hold most of the
+numbers, SVD takes them, with a budget of its own. Rows in results/factors.json are kept (``--again`` measures them
+anew); ``--quick`` has a file of its own.
 """
 
 from __future__ import annotations
@@ -34,32 +34,38 @@ from espalier.core.recipe import Recipe
 BATCHES = 8
 
 
-def whole(
-    first: f.Factorization, second: f.Factorization | None = None, rule: type[f.Budget] | type[f.Ratio] = f.Budget
-) -> Callable[[float], Technique]:
-    """``first``, then what it does not split by ``second``, both at a share of the numbers."""
+def at(*methods: f.Factorization, rule: type[f.Budget] | type[f.Ratio] = f.Budget) -> Callable[[float], Technique]:
+    """One method after the other, each at a share of the numbers of what it splits."""
 
     def made(keep: float) -> Technique:
-        rank = rule(keep=keep)
-        steps = [method.replace(rank=rank) for method in (first, second) if method is not None]
+        steps = [method.replace(rank=rule(keep=keep)) for method in methods]
         return steps[0] if len(steps) == 1 else Recipe(steps=tuple(steps))
 
     return made
 
 
+def of_convolutions(method: f.Factorization, rule: type[f.Budget] | type[f.Ratio] = f.Budget) -> tuple[Entry, ...]:
+    """With SVD for the matrices of LeNet-5, which hold most of its numbers; alone on ResNet-20, which has but one."""
+    id, what = (method.name, method.id) if rule is f.Budget else ("factorize.ratio", f"{method.id}, equal shares")
+    return (
+        Entry(id, what, at(method, f.SVD(), rule=rule), networks=("lenet5",)),
+        Entry(id, what, at(method, rule=rule), networks=("resnet20",)),
+    )
+
+
 ENTRIES = (
-    Entry("factorize.svd", "svd, convolutions by channel-svd", whole(f.SVD(), f.ChannelSVD())),
-    Entry("factorize.ratio", "svd and channel-svd, equal shares", whole(f.SVD(), f.ChannelSVD(), f.Ratio)),
-    Entry("factorize.autoencoder", "autoencoder of the outputs", whole(f.Autoencoder(batches=BATCHES))),
-    Entry("factorize.autoencoder", "autoencoder with a ReLU", whole(f.Autoencoder(hidden="relu", batches=BATCHES))),
-    Entry("factorize.activation-aware-svd", "activation-aware", whole(f.ActivationAwareSVD(batches=BATCHES))),
-)
-OF_CONVOLUTIONS = (
-    Entry("factorize.spatial-svd", "spatial-svd", whole(f.SpatialSVD(), f.SVD())),
-    Entry("factorize.tucker", "tucker", whole(f.Tucker(), f.SVD())),
-    Entry("factorize.cp", "cp", whole(f.CP(starts=1, sweeps=50), f.SVD())),
-    Entry("factorize.tensor-train", "tensor-train", whole(f.TensorTrain())),
-    Entry("factorize.basis-filters", "basis-filters", whole(f.BasisFilters(), f.SVD())),
+    Entry("factorize.svd", "svd", at(f.SVD()), networks=("stories260K",)),
+    Entry("factorize.ratio", "svd, equal shares", at(f.SVD(), rule=f.Ratio), networks=("stories260K",)),
+    *of_convolutions(f.ChannelSVD()),
+    *of_convolutions(f.ChannelSVD(), f.Ratio),
+    *of_convolutions(f.SpatialSVD()),
+    *of_convolutions(f.Tucker()),
+    *of_convolutions(f.CP(starts=1, sweeps=50)),
+    *of_convolutions(f.BasisFilters()),
+    Entry("factorize.tensor-train", "tensor-train", at(f.TensorTrain()), networks=("lenet5", "resnet20")),
+    Entry("factorize.autoencoder", "autoencoder of the outputs", at(f.Autoencoder(batches=BATCHES))),
+    Entry("factorize.autoencoder", "autoencoder with a ReLU", at(f.Autoencoder(hidden="relu", batches=BATCHES))),
+    Entry("factorize.activation-aware-svd", "activation-aware", at(f.ActivationAwareSVD(batches=BATCHES))),
 )
 
 
@@ -103,8 +109,7 @@ def jobs(folder: Path, seed: int, *, quick: bool) -> Iterator[Job]:
         described, about = {"network": name, **dataclasses.asdict(setting)}, (name, setting, folder, seed, quick)
         yield "dense", f"{name}, seed {seed}", partial(dense_row, about), described
         for factor in FACTORS:
-            convolutions = OF_CONVOLUTIONS if name != "stories260K" else ()
-            for entry in (*ENTRIES, *convolutions, low):
+            for entry in (entry for entry in (*ENTRIES, low) if name in entry.networks):
                 row = f"{name}, {entry.what}, {factor} times fewer bytes, seed {seed}"
                 yield entry.id, row, partial(method_row, entry, factor, about), described
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import numpy as np
@@ -35,10 +36,10 @@ from espalier.factorize import (
     TensorTrain,
     Tucker,
 )
-from espalier.factorize.budget import Point, allot, hull
+from espalier.factorize.budget import Point, allot, hull, log_kept
 from espalier.factorize.evbmf import evbmf_rank
 from espalier.factorize.layer import layers_of
-from espalier.factorize.split import Split, first_gain, path, relative_error
+from espalier.factorize.split import Ranks, Split, first_gain, path, relative_error
 
 
 def low(outputs: int, inputs: int, rank: int, noise: float = 0.0) -> nn.Linear:
@@ -250,6 +251,39 @@ def test_a_budget_spends_where_it_loses_least() -> None:
     assert context.record.skipped == [{"name": "1.weight", "reason": "the budget is met without it"}]
 
 
+def test_no_layer_is_given_up_for_the_others() -> None:
+    """Rows that have much in common: rank 1 keeps nearly all of the norm, and tells none from the others."""
+    with seeded():
+        model = nn.Sequential(nn.Embedding(100, 32), *(nn.Linear(32, 32) for _ in range(4)))
+        model[0].weight.data += 5
+    costs = []
+    for least in (0.0, 0.5):
+        (table, *_), (split, *_), _ = chosen(model, SVD(rank=Budget(keep=0.7, least=least)))
+        assert table is not None
+        costs.append(split.cost(table).parameters / split.layer.dense.parameters)
+    assert costs[0] < 0.3
+    assert 0.35 <= costs[1] <= 0.7
+
+
+def test_a_budget_keeps_the_largest_product() -> None:
+    with seeded():
+        model = nn.Sequential(nn.Linear(12, 12), nn.Linear(12, 16), nn.Linear(16, 12))
+        for at, layer in enumerate(model):  # spectra that fall at different speeds
+            layer.weight.data *= torch.linspace(1, 0.1, layer.in_features) ** (2 * at)  # type: ignore[operator,arg-type]
+    ranks, splits, _ = chosen(model, SVD(rank=Budget(keep=0.6, least=0)))
+    allowed = 0.6 * sum(split.layer.dense.parameters for split in splits)
+
+    def worth(each: tuple[Ranks | None, ...]) -> float:
+        cost = sum(s.layer.dense.parameters if r is None else s.cost(r).parameters
+                   for s, r in zip(splits, each, strict=True))  # fmt: skip
+        kept = sum(0.0 if r is None else log_kept(s, r) for s, r in zip(splits, each, strict=True))
+        return kept if cost <= allowed else -math.inf
+
+    options = [[None, *((r,) for r in range(1, split.limits[0]) if split.gains((r,)))] for split in splits]
+    best = max(map(worth, itertools.product(*options)))
+    assert worth(tuple(ranks)) > best - 0.1
+
+
 def test_a_budget_of_multiplications() -> None:
     with seeded():
         model = nn.Sequential(nn.Conv2d(8, 16, 3, padding=1), nn.MaxPool2d(4), nn.Conv2d(16, 16, 3, padding=1))
@@ -284,7 +318,7 @@ def test_absolute_errors_are_those_of_what_is_split(method: Factorization) -> No
         model, x = Two(), torch.randn(256, 64)
     ranks = {}
     for error in ("relative", "absolute"):
-        asked = method.replace(rank=Budget(keep=0.5, error=error))  # type: ignore[arg-type]
+        asked = method.replace(rank=Budget(keep=0.5, error=error, least=0))  # type: ignore[arg-type]
         _, record = run(asked, model, Task(train=[(x,)], val=[(x,)]))
         ranks[error] = {row["name"]: row["ranks"][0] for row in record.details["factors"]}
     assert abs(ranks["relative"]["a.weight"] - ranks["relative"]["b.weight"]) < 4

@@ -1,15 +1,19 @@
 r"""Ranks by one budget for all layers: what loses least per parameter, or multiplication, saved goes first.
 
-Paper    none
-Formula  min sum_l E_l(r_l) / E_l(0)  with  sum_l C_l(r_l) <= keep * sum_l C_l: of all layers the next step down of the
-         least dE / dC goes, on the lower convex hull of each layer's points (C, E), the layer as it is among them
-Departs  E of a layer with several ranks is the bound, the sum over its unfoldings. The last step goes only as far down
-         as the budget asks.
+Paper    Kim, Khan, Kyung. Efficient Neural Network Compression. CVPR 2019. arXiv:1811.12781
+Formula  max prod_l e_l(r_l), e the share of the squared norm that is kept,  with  sum_l C_l(r_l) <= keep * sum_l C_l:
+         of all layers the next step down of the least -d(log e) / dC goes, on the lower convex hull of each layer's
+         points (C, -log e), the layer as it is among them
+Departs  The paper searches among sampled configurations of ranks, and measures how accuracy follows from e. Of a layer
+         with several ranks e is the product over its unfoldings. No layer gives up more than ``least`` allows, or a
+         table whose rows have much in common would be given up for the rest. The last step goes only as far down as
+         the budget asks.
 """
 
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -23,6 +27,8 @@ from espalier.factorize.split import Ranks, Split, path
 
 FREE = 1e-9
 """What is lost for nothing: ranks that the weight does not have."""
+TINY = 1e-30
+"""What counts as kept where nothing is."""
 Point = tuple[float, float, Ranks | None]
 """What a layer costs, what it loses, and at which ranks; None for the layer as it is."""
 
@@ -68,18 +74,26 @@ def allot(layers: Sequence[Sequence[Point]], budget: float) -> list[int]:
     return places
 
 
+def log_kept(split: Split, ranks: Ranks) -> float:
+    """Logarithm of the share of the squared norm that is kept: the product over the unfoldings, times ``1 - floor``."""
+    kept = [1 - split.floor, *(float(share[:rank].sum()) for share, rank in zip(split.losses, ranks, strict=True))]
+    return sum(math.log(max(share, TINY)) for share in kept)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Budget(RankChoice):
     """``keep``: share of the parameters (``of="macs"``: of the multiplications) that all chosen layers keep together.
 
-    ``error``: ``relative`` counts what each layer loses against its own norm, ``absolute`` as it is: of the weight,
-    of the weight times the scales of its inputs, or of the outputs, whatever the method splits.
+    ``least``: share of ``keep`` that each layer keeps of its own, unless less loses nothing. ``error``: ``relative``
+    counts what each layer loses against its own norm, ``absolute`` the squared norm that is lost as it is: of the
+    weight, of the weight times the scales of its inputs, or of the outputs, whatever the method splits.
     """
 
     id: ClassVar[str] = "budget"
     keep: Fraction = 0.5
     of: Literal["parameters", "macs"] = "parameters"
     error: Literal["relative", "absolute"] = "relative"
+    least: Fraction = 0.5
 
     def choose(self, splits: Sequence[Split], model: nn.Module, context: Context) -> list[Ranks | None]:
         """All layers together."""
@@ -103,11 +117,16 @@ class Budget(RankChoice):
         points: list[Point] = [(getattr(split.layer.dense, self.of), 0.0, None)]
         if not worthwhile(split, context):
             return points
-        scale = float(split.unfoldings[0].values.double().square().sum()) if self.error == "absolute" else 1.0
+        scale = float(split.unfoldings[0].values.double().square().sum())
+        least = self.least * self.keep * points[0][0]
         for step in path(split):
             cost = getattr(step.cost, self.of)
-            if cost < points[-1][0] and split.gains(step.ranks):
-                points.append((cost, step.error * scale, step.ranks))
+            if cost >= points[-1][0] or not split.gains(step.ranks):
+                continue
+            loss = step.error * scale if self.error == "absolute" else -log_kept(split, step.ranks)
+            if cost < least and len(points) > 1 and loss > points[-1][1] + FREE:
+                break
+            points.append((cost, loss, step.ranks))
         if len(points) == 1:
             context.skip(split.name, "no rank lowers its multiplications")
         return points
