@@ -46,10 +46,10 @@ def at(*methods: f.Factorization, rule: type[f.Budget] | type[f.Ratio] = f.Budge
 
 def of_convolutions(method: f.Factorization, rule: type[f.Budget] | type[f.Ratio] = f.Budget) -> tuple[Entry, ...]:
     """With SVD for the matrices of LeNet-5, which hold most of its numbers; alone on ResNet-20, which has but one."""
-    id, what = (method.name, method.id) if rule is f.Budget else ("factorize.ratio", f"{method.id}, equal shares")
+    name, what = (method.name, method.id) if rule is f.Budget else ("factorize.ratio", f"{method.id}, equal shares")
     return (
-        Entry(id, what, at(method, f.SVD(), rule=rule), networks=("lenet5",)),
-        Entry(id, what, at(method, rule=rule), networks=("resnet20",)),
+        Entry(name, what, at(method, f.SVD(), rule=rule), networks=("lenet5",)),
+        Entry(name, what, at(method, rule=rule), networks=("resnet20",)),
     )
 
 
