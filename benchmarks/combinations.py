@@ -37,7 +37,7 @@ from espalier import encode
 from espalier.core.context import Context
 from espalier.core.method import Technique
 from espalier.core.recipe import Recipe
-from espalier.factorize import SVD, Budget, Tucker
+from espalier.factorize import Budget, Tucker
 from espalier.measure import fp32_safetensors_bytes
 from espalier.prune import Cubic, Global, Prune
 from espalier.quantize import BWN, LSQ, TWN, Affine, Quantize
@@ -142,7 +142,7 @@ def _steps(
     if step == "factorize":
         rank = Budget(keep=keep)
         tune = [Finetune(**alike)] if epochs else []
-        return [Tucker(rank=rank), SVD(rank=rank), *tune]
+        return [Tucker(rank=rank, others="svd"), *tune]
     if step == "prune":
         at_once = Prune(sparsity=sparsity, scope=Global())
         return [at_once.replace(schedule=Cubic(), every=setting.every, **alike) if epochs else at_once]

@@ -5,10 +5,9 @@ python benchmarks/factors.py [--quick] [--only WORD ...] [--again] [--seed 0] [-
 The networks, their training, the files and how they are judged are those of benchmarks/structured.py, whose rows of
 shared weights these stand beside: the same ids of rows, the same fine-tuning. Every method keeps the largest share of
 the numbers with which the fp32 file, loaded again, is 2 or 4 times shorter than the network's; ``reached`` is false
-where no share does. Ranks come from one budget for all layers that a method splits; in rows of equal shares from each
-layer alone. Methods for convolutions leave the matrix of ResNet-20 alone; on LeNet-5, whose matrices hold most of the
-numbers, SVD takes them, with a budget of its own. Rows in results/factors.json are kept (``--again`` measures them
-anew); ``--quick`` has a file of its own.
+where no share does. Ranks come from one budget for the network; in rows of equal shares from each layer alone. SVD
+splits what a method does not. Rows in results/factors.json are kept (``--again`` measures them anew); ``--quick`` has a
+file of its own.
 """
 
 from __future__ import annotations
@@ -29,40 +28,27 @@ from torch import nn
 import espalier.factorize as f
 from espalier.core.context import Context
 from espalier.core.method import Technique
-from espalier.core.recipe import Recipe
 
 BATCHES = 8
 
 
-def at(*methods: f.Factorization, rule: type[f.Budget] | type[f.Ratio] = f.Budget) -> Callable[[float], Technique]:
-    """One method after the other, each at a share of the numbers of what it splits."""
-
-    def made(keep: float) -> Technique:
-        steps = [method.replace(rank=rule(keep=keep)) for method in methods]
-        return steps[0] if len(steps) == 1 else Recipe(steps=tuple(steps))
-
-    return made
+def at(method: f.Factorization, rule: type[f.Budget] | type[f.Ratio] = f.Budget) -> Callable[[float], Technique]:
+    """The method at a share of the numbers; what it does not split by SVD."""
+    return lambda keep: method.replace(rank=rule(keep=keep), others="svd")
 
 
-def of_convolutions(method: f.Factorization, rule: type[f.Budget] | type[f.Ratio] = f.Budget) -> tuple[Entry, ...]:
-    """With SVD for the matrices of LeNet-5, which hold most of its numbers; alone on ResNet-20, which has but one."""
-    name, what = (method.name, method.id) if rule is f.Budget else ("factorize.ratio", f"{method.id}, equal shares")
-    return (
-        Entry(name, what, at(method, f.SVD(), rule=rule), networks=("lenet5",)),
-        Entry(name, what, at(method, rule=rule), networks=("resnet20",)),
-    )
-
-
+CONVOLUTIONS = (
+    f.ChannelSVD(),
+    f.SpatialSVD(),
+    f.Tucker(),
+    f.CP(starts=1, sweeps=50),
+    f.BasisFilters(),
+    f.TensorTrain(),
+)
 ENTRIES = (
+    *(Entry(method.name, method.id, at(method), networks=("lenet5", "resnet20")) for method in CONVOLUTIONS),
     Entry("factorize.svd", "svd", at(f.SVD()), networks=("stories260K",)),
-    Entry("factorize.ratio", "svd, equal shares", at(f.SVD(), rule=f.Ratio), networks=("stories260K",)),
-    *of_convolutions(f.ChannelSVD()),
-    *of_convolutions(f.ChannelSVD(), f.Ratio),
-    *of_convolutions(f.SpatialSVD()),
-    *of_convolutions(f.Tucker()),
-    *of_convolutions(f.CP(starts=1, sweeps=50)),
-    *of_convolutions(f.BasisFilters()),
-    Entry("factorize.tensor-train", "tensor-train", at(f.TensorTrain()), networks=("lenet5", "resnet20")),
+    Entry("factorize.ratio", "channel-svd, equal shares", at(f.ChannelSVD(), f.Ratio)),
     Entry("factorize.autoencoder", "autoencoder of the outputs", at(f.Autoencoder(batches=BATCHES))),
     Entry("factorize.autoencoder", "autoencoder with a ReLU", at(f.Autoencoder(hidden="relu", batches=BATCHES))),
     Entry("factorize.activation-aware-svd", "activation-aware", at(f.ActivationAwareSVD(batches=BATCHES))),

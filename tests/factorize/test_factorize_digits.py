@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.factorize.splitting import digits, numbers, run, seeded, trained
+from tests.factorize.splitting import digits, numbers, run, seeded, skipped, trained
 from torch import Tensor, nn
 
 import espalier as es
@@ -93,6 +93,17 @@ def test_some_layers_then_fine_tuning_then_the_next(order: str) -> None:
     alone, _ = run(ChannelSVD(rank=Ratio()), model, task)
     assert task.measure(after, "val").value > task.measure(alone, "val").value
     assert numbers(after) == numbers(alone)
+
+
+def test_what_a_method_does_not_split_can_go_by_svd_at_ranks_of_the_same_rule() -> None:
+    model, task = trained(), digits()
+    after, record = run(Tucker(rank=Ratio(keep=0.4), others="svd"), model, task)
+    ranks = {row["name"]: len(row["ranks"]) for row in record.details["factors"]}
+    assert ranks["2.weight"] == 2  # a convolution by Tucker
+    assert ranks["9.weight"] == 1  # a matrix by SVD
+    assert numbers(after) <= 0.45 * numbers(model)
+    _, alone = run(Tucker(rank=Ratio(keep=0.4)), model, task)
+    assert "9.weight" in skipped(alone)
 
 
 def test_later_rounds_split_the_weights_as_they_are_then() -> None:

@@ -76,6 +76,11 @@ def test_what_an_earlier_step_keeps_as_factors_is_left_alone_unless_named() -> N
         run(SVD(layers=("embed",)), after)
 
 
+def test_others_by_svd_reach_what_a_module_reads_itself() -> None:
+    _, after, _ = on("recurrent", Tucker(others="svd", rank=Ratio()))
+    assert sorted(kept_as_factors(after)) == ["lstm.weight_hh_l0", "lstm.weight_ih_l0"]
+
+
 def test_a_layer_under_two_names_is_kept_as_factors() -> None:
     _, after, _ = on("twice", SVD())
     assert kept_as_factors(after) == {"block.weight": 1}

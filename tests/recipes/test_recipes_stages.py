@@ -160,22 +160,24 @@ def test_a_pruning_that_decides_itself_goes_without_strength() -> None:
 def test_both_kinds_of_layers_are_factorized_then_int8() -> None:
     context = Watching(task=digits())
     result = LowRankInt8(strength=0.3, finetune=TUNE)(trained(), context)
-    assert context.stages() == ["01-tucker", "02-svd", "03-finetune", "04-ptq-int8"]
-    ranks = [step.rank for _, step in context.ran if isinstance(step, Factorization)]
-    assert [rank.keep for rank in ranks if isinstance(rank, Budget)] == pytest.approx([0.8 * 0.125**0.3] * 2)
+    assert context.stages() == ["01-tucker", "02-finetune", "03-ptq-int8"]
+    (rank,) = [step.rank for _, step in context.ran if isinstance(step, Factorization)]
+    assert isinstance(rank, Budget)
+    assert rank.keep == pytest.approx(0.8 * 0.125**0.3)
     before, after = (sum(weight.numel() for weight in effective(model).values()) for model in (trained(), result))
     assert after < 0.7 * before
     assert accuracy(result) > 80
 
 
-def test_a_kind_that_is_not_there_is_passed_over() -> None:
+def test_a_network_without_convolutions_is_factorized_too() -> None:
     context = Watching(task=digits())
-    LowRankInt8(strength=0.3, finetune=TUNE)(flat(), context)
-    assert context.stages() == ["02-svd", "03-finetune", "04-ptq-int8"]
+    result = LowRankInt8(strength=0.3, finetune=TUNE)(flat(), context)
+    before, after = (sum(weight.numel() for weight in effective(model).values()) for model in (flat(), result))
+    assert after < 0.7 * before
 
 
 def test_ranks_that_decide_themselves_go_without_strength() -> None:
     by_energy = SVD(rank=Energy())
     with pytest.raises(UsageError, match="rank=energy of svd decides that itself"):
-        LowRankInt8(matrices=by_energy)
-    assert LowRankInt8(matrices=by_energy, strength=None).matrices == by_energy
+        LowRankInt8(factorize=by_energy)
+    assert LowRankInt8(factorize=by_energy, strength=None).factorize == by_energy

@@ -21,7 +21,7 @@ from espalier.core.structures.form import StructuredWeight
 from espalier.factorize.budget import Budget
 from espalier.factorize.layer import Layer, layers_of, row_around
 from espalier.factorize.rank import RankChoice
-from espalier.factorize.split import Pair, Ranks, Split, relative_error
+from espalier.factorize.split import Pair, Ranks, Split, flat, relative_error
 from espalier.train import Training
 
 
@@ -32,7 +32,9 @@ class Factorization(Training):
     ``per_round``: so many layers at a time, ``epochs`` of fine-tuning after each round; 0 takes all at once. First come
     those with the largest ``order="saving"`` or the least ``order="error"``. A convolution may compute more than before
     only with ``grow_macs``. A weight that its module reads itself (recurrent layers, attention, tied weights) is kept
-    as its factors where the method makes two of a matrix. ``densify`` gives up a mask or codes of an earlier step.
+    as its factors where the method makes two of a matrix. ``others="svd"``: matrices that the method does not split
+    are split by their singular values, at ranks of the same rule. ``densify`` gives up a mask or codes of an earlier
+    step.
     """
 
     weights: ClassVar[bool] = False
@@ -44,6 +46,7 @@ class Factorization(Training):
     per_round: Count = 0
     order: Literal["saving", "error"] = "saving"
     grow_macs: bool = False
+    others: Literal["leave", "svd"] = "leave"
     densify: bool = False
 
     @abstractmethod
@@ -85,7 +88,8 @@ class Factorization(Training):
                 context.skip(slot.name, "an earlier step keeps it as factors")
             else:
                 chosen.append(slot)
-        return layers_of(model, chosen, context, who=self.name, densify=self.densify, weights=self.weights)
+        weights = self.weights or self.others == "svd"
+        return layers_of(model, chosen, context, who=self.name, densify=self.densify, weights=weights)
 
     def tune(self, model: nn.Module, context: Context, number: int) -> None:
         """Fine-tune after a round."""
@@ -94,14 +98,26 @@ class Factorization(Training):
     def splits(self, model: nn.Module, layers: Sequence[Layer], context: Context) -> list[Split]:
         """The split of each layer on its weights as they are now; what the method does not split is said."""
         fresh = [Layer(layer.slot, layer.obstacle, layer.size) for layer in layers]
-        seen = self.look(model, fresh, context)
+        seen = self.look(model, [layer for layer in fresh if self._takes(layer)], context)
         found = []
         for layer in fresh:
-            split = self.split(layer, seen, context)
+            split = self._split(layer, seen, context)
             if isinstance(split, str):
                 context.skip(layer.name, split)
             else:
                 found.append(split)
+        return found
+
+    def _takes(self, layer: Layer) -> bool:
+        return self.weights or not layer.obstacle
+
+    def _split(self, layer: Layer, seen: Any, context: Context) -> Split | str:
+        """As the method splits it, else, if so asked for, by its singular values."""
+        found: Split | str = f"{layer.obstacle}, and {self.name} gives layers only"
+        if self._takes(layer):
+            found = self.split(layer, seen, context)
+        if isinstance(found, str) and self.others == "svd" and layer.places == 1:
+            return Pair(layer, flat(layer), grow_macs=self.grow_macs)
         return found
 
     def _turn(self, split: Split, chosen: dict[str, Ranks]) -> float:

@@ -5,7 +5,7 @@ Paper    Kim, Park, Yoo, Choi, Yang, Shin. Compression of Deep Convolutional Neu
          Bondarenko, van Baalen, Blankevoort. A White Paper on Neural Network Quantization. 2021. arXiv:2106.08295
 Formula  W ~ C x A x B for convolutions, W ~ U V for matrices, at ranks that keep a share of the parameters;
          fine-tune;   fold;   int8 = ptq(M)
-Departs  Ranks come from one budget for all convolutions and one for all matrices, where Kim takes those of EVBMF.
+Departs  Ranks come from one budget for all layers, where Kim takes those of EVBMF.
 """
 
 from __future__ import annotations
@@ -14,13 +14,11 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 
 from espalier.core.context import Context
 from espalier.core.fields import Fraction
 from espalier.core.method import Technique, field_names
-from espalier.core.selection import weights
-from espalier.factorize import SVD, Factorization, Tucker
+from espalier.factorize import Factorization, Tucker
 from espalier.quantize import PTQInt8
 from espalier.train import Finetune
 
@@ -36,32 +34,23 @@ class LowRankInt8(Technique):
 
     id: ClassVar[str] = "low-rank-then-int8"
     strength: Fraction | None = 0.5
-    convolutions: Factorization = field(default_factory=Tucker)
-    matrices: Factorization = field(default_factory=SVD)
+    factorize: Factorization = field(default_factory=lambda: Tucker(others="svd"))
     finetune: Finetune = field(default_factory=lambda: Finetune(epochs=15, lr=1e-3))
     ptq: PTQInt8 = field(default_factory=PTQInt8)
 
     def conflicts(self) -> list[str]:
-        if self.strength is None:
+        if self.strength is None or "keep" in field_names(type(self.factorize.rank)):
             return []
-        return [
-            f"strength sets what ranks keep, and rank={stage.rank.id} of {stage.id} decides that itself; take budget, "
-            "or set strength to null"
-            for stage in (self.convolutions, self.matrices)
-            if "keep" not in field_names(type(stage.rank))
-        ]
+        stage = self.factorize
+        says = f"strength sets what ranks keep, and rank={stage.rank.id} of {stage.id} decides that itself"
+        return [f"{says}; take budget, or set strength to null"]
 
     def transform(self, model: nn.Module, context: Context) -> nn.Module:
-        """Run the stages in order, each through ``context.run``; a kind of layer that is not there is passed over."""
-        kinds = {isinstance(slot.module, _ConvNd) for slot in weights(model)}
-        for name, stage, convolution in (("01", self.convolutions, True), ("02", self.matrices, False)):
-            if convolution in kinds:
-                model = context.run(self._kept(stage), model, f"{name}-{stage.id}")
-        model = context.run(self.finetune, model, "03-finetune")
-        return context.run(self.ptq, model, "04-ptq-int8")
-
-    def _kept(self, stage: Factorization) -> Factorization:
-        """The stage at this strength."""
-        if self.strength is None:
-            return stage
-        return stage.replace(rank=stage.rank.replace(keep=MOST_KEPT * (LEAST_KEPT / MOST_KEPT) ** self.strength))
+        """Run the stages in order, each through ``context.run``."""
+        factorize = self.factorize
+        if self.strength is not None:
+            keep = MOST_KEPT * (LEAST_KEPT / MOST_KEPT) ** self.strength
+            factorize = factorize.replace(rank=factorize.rank.replace(keep=keep))
+        model = context.run(factorize, model, f"01-{factorize.id}")
+        model = context.run(self.finetune, model, "02-finetune")
+        return context.run(self.ptq, model, "03-ptq-int8")
