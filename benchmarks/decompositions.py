@@ -104,7 +104,8 @@ def their_train(tensor: Tensor, rank: int) -> Answer:
 
 
 def own_cp(tensor: Tensor, rank: int) -> Answer:
-    factors = cp(tensor.flatten(2), rank, torch.Generator().manual_seed(0), sweeps=SWEEPS["cp"])
+    method, generator = CP(), torch.Generator().manual_seed(0)
+    factors = cp(tensor.flatten(2), rank, generator, sweeps=SWEEPS["cp"], penalty=method.penalty)
     return lambda: composed(factors).reshape(tensor.shape)
 
 
