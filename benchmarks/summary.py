@@ -477,6 +477,9 @@ Channels removed from networks with random weights until half of the parameters 
 within 1e-4, saved and loaded, run in onnxruntime, trained for a step. torch-pruning is given the layers its readme
 tells everybody to ignore and no other hint; its ratio is searched. Seconds are processor time of one thread for tracing
 and pruning, MB the peak memory of the process, medians over what succeeds."""
+FACTORS = """\
+Ranks come from one budget for the network, and SVD splits the matrices that a method does not. On LeNet-5 the budget
+takes nearly all from the matrices, so that methods for convolutions come out the same."""
 SWAPPED = """\
 All 3x3 layers of a kind swapped at once: started from the weights alone, with least squares, with regression on the
 calibration images, and fine-tuned. Top-1 / top-5 for SqueezeNet, which is not fine-tuned; its published weights are
@@ -538,7 +541,7 @@ SECTIONS: tuple[Section, ...] = (
     ("Rounding with error feedback (`gptq`)", "All layers in 4 bits, no training.", gptq),
     ("Binary layers by XNOR and popcount (`popcount`)", "Median milliseconds, batch 1, fp32 in and out.", popcount),
     ("Decompositions beside tensorly (`decompositions`)", DECOMPOSITIONS, decompositions),
-    ("Layers as products (`factors`)", SMALLER, lambda: smaller("factors")),
+    ("Layers as products (`factors`)", f"{SMALLER}\n{FACTORS}", lambda: smaller("factors")),
     ("Weights made from few numbers (`structured`)", SMALLER, lambda: smaller("structured")),
     ("Compact blocks (`compact_swap`)", SWAPPED, swapped),
     ("Distillation (`distillation`)", DISTILLATION, distillation),
