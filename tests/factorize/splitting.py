@@ -38,7 +38,7 @@ def context(x: Any) -> Context:
 def split_of(method: Factorization, layer: nn.Module, x: Any) -> tuple[Split | str, nn.Sequential]:
     """How ``method`` splits ``layer`` where ``x`` comes in, and the model that holds it."""
     model, around = nn.Sequential(layer).eval(), context(x)
-    chosen = layers_of(model, select(model, ("*",)), around, who="test", densify=False, weights=method.weights)
+    chosen = layers_of(model, select(model, ("*",)), around, who="test", densify=False)
     return method.split(chosen[0], method.look(model, chosen, around), around), model
 
 

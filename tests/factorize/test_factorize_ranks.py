@@ -57,7 +57,7 @@ def net() -> nn.Sequential:
 
 def splits_of(model: nn.Module, method: Factorization) -> tuple[list[Split], Context]:
     context = Context()
-    layers = layers_of(model, select(model, ("*",)), context, who="test", densify=False, weights=method.weights)
+    layers = layers_of(model, select(model, ("*",)), context, who="test", densify=False)
     found = [method.split(layer, None, context) for layer in layers]
     return [split for split in found if isinstance(split, Split)], context
 

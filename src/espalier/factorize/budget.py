@@ -117,7 +117,7 @@ class Budget(RankChoice):
         points: list[Point] = [(getattr(split.layer.dense, self.of), 0.0, None)]
         if not worthwhile(split, context):
             return points
-        scale = float(split.unfoldings[0].values.double().square().sum())
+        scale = float(split.unfoldings[0].values.double().square().sum()) if self.error == "absolute" else 1.0
         least = self.least * self.keep * points[0][0]
         for step in path(split):
             cost = getattr(step.cost, self.of)

@@ -47,7 +47,8 @@ def cp(
 ) -> list[Tensor]:
     """Factors (n_k, rank), one for each dimension of ``tensor``; each term spread evenly over them.
 
-    From several ``starts`` by chance, that which is best after a few sweeps goes on.
+    From several ``starts`` by chance, that which is best after a few sweeps goes on. ``penalty``: of the squared norms
+    of the terms.
     """
     norm = float(tensor.double().norm())
     if not norm:

@@ -88,8 +88,7 @@ class Factorization(Training):
                 context.skip(slot.name, "an earlier step keeps it as factors")
             else:
                 chosen.append(slot)
-        weights = self.weights or self.others == "svd"
-        return layers_of(model, chosen, context, who=self.name, densify=self.densify, weights=weights)
+        return layers_of(model, chosen, context, who=self.name, densify=self.densify)
 
     def tune(self, model: nn.Module, context: Context, number: int) -> None:
         """Fine-tune after a round."""
@@ -113,9 +112,11 @@ class Factorization(Training):
 
     def _split(self, layer: Layer, seen: Any, context: Context) -> Split | str:
         """As the method splits it, else, if so asked for, by its singular values."""
-        found: Split | str = f"{layer.obstacle}, and {self.name} gives layers only"
+        found: Split | str
         if self._takes(layer):
             found = self.split(layer, seen, context)
+        else:
+            found = f"{layer.obstacle}, and {self.name} gives layers only"
         if isinstance(found, str) and self.others == "svd" and layer.places == 1:
             return Pair(layer, flat(layer), grow_macs=self.grow_macs)
         return found
@@ -144,7 +145,7 @@ class Factorization(Training):
             tensor = layer.tensor
             row["error"] = float((factors.approximation - tensor).norm() / tensor.norm().clamp(min=1e-30))
         if layer.obstacle:
-            assert isinstance(split, Pair)  # noqa: S101 - layers_of() lets no other by
+            assert isinstance(split, Pair)  # noqa: S101 - _split() lets no other by
             row["why"] = layer.obstacle
             self._keep_factors(layer, ranks[0], factors.weights)
         else:

@@ -133,13 +133,10 @@ class Layer:
         return self.cost((spec,))
 
 
-def layers_of(
-    model: nn.Module, selection: Iterable[Slot], context: Context, *, who: str, densify: bool, weights: bool
-) -> list[Layer]:
+def layers_of(model: nn.Module, selection: Iterable[Slot], context: Context, *, who: str, densify: bool) -> list[Layer]:
     """The layers of ``selection`` that can be split; all others are skipped by name.
 
-    ``weights``: whether the method also splits a weight whose module must stay. Raises ``PhaseError`` for a weight that
-    an earlier step has fixed, unless ``densify``.
+    Raises ``PhaseError`` for a weight that an earlier step has fixed, unless ``densify``.
     """
     found: list[Layer] = []
     sizes = input_sizes(model, context)
@@ -151,11 +148,7 @@ def layers_of(
             continue
         require_phase(slot, ("dense",), who, densify=densify)
         found.append(Layer(slot, obstacle(slot, parents, tied), sizes.get(slot.path)))
-    found = _read_by_others(model, found, context)
-    for layer in found if not weights else ():
-        if layer.obstacle:
-            context.skip(layer.name, f"{layer.obstacle}, and {who} gives layers only")
-    return [layer for layer in found if weights or not layer.obstacle]
+    return _read_by_others(model, found, context)
 
 
 def unsupported(slot: Slot) -> str:
