@@ -366,7 +366,12 @@ def distillation() -> list[str]:
     if not found:
         return ["Not measured yet: `make bench NAME=distillation`."]
     many: dict[tuple[str, str, str], dict[int, Row]] = {}
+    values = []
     for row in found:
+        if row["row"] == "compare":
+            ours, theirs = row["measured"]["ours"], row["measured"]["torchdistill"]
+            values.append([row["id"], f"{ours:.6g}", "has none" if theirs is None else f"{theirs:.6g}"])
+            continue
         part, mode, _ = row["row"].split(", ")
         many.setdefault((part, mode, row["id"]), {})[row["seed"]] = row
     body = []
@@ -377,7 +382,9 @@ def distillation() -> list[str]:
         gains = [row["measured"]["test"] - others[seed]["measured"]["test"] for seed, row in seeds.items()
                  if seed in others and name != beside]  # fmt: skip
         body.append([part, mode, name, spread(tests), len(tests), beside if gains else "", signed(gains)])
-    return table(["data", "form", "row", "test accuracy %", "seeds", "beside", "points ahead"], body)
+    first = table(["data", "form", "row", "test accuracy %", "seeds", "beside", "points ahead"], body)
+    told = "The same losses on one batch, torchdistill 1.1.5 times the factor between the two definitions:"
+    return [*first, "", told, "", *table(["loss", "own", "torchdistill"], values)] if values else first
 
 
 def curves(file: str) -> list[str]:
